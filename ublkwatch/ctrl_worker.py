@@ -1,0 +1,243 @@
+"""Disposable processes for the control commands that may sleep on a device.
+
+A process that waits for a device's mutex cannot be killed, so the daemon never does: START, END,
+GET_PARAMS and their like are sent by a worker, started beforehand. When a command outlives its
+deadline the worker is retired: it gets no new commands, finishes what is pending, and is then left
+alone; another takes its place. A worker ends when the daemon's end of its line is closed, and the
+kernel then cancels what can be cancelled.
+
+On the line: one JSON object a line, ``{"id", "command", "dev_id", ...}`` and ``{"id", "error"}``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from ublkwatch.ctrl import CtrlError, UblkCtrl
+from ublkwatch.uring import AsyncRing
+
+_GRACE_S = (
+    1.0  # the worker keeps the deadline itself; the daemon waits this much longer for its word
+)
+_IN_FLIGHT_MAX = 256
+_BUSY_PAUSE_S = 0.001
+_BUSY_PAUSE_MAX_S = 0.05
+
+
+class Workers:
+    """The daemon's side: hands commands to the current worker, retires it when it is stuck."""
+
+    def __init__(self, start: Callable[[], socket.socket]) -> None:
+        """``start`` starts a worker process and returns our end of its line."""
+        self._start = start
+        self._current: _Line | None = None
+        self.retired = 0  # how many, ever
+
+    async def prepare(self) -> None:
+        """Have a worker ready before it is needed."""
+        if self._current is None or self._current.closed:
+            self._current = await _Line.open(self._start())
+
+    async def call(
+        self, command: str, dev_id: int, key: str, *, timeout_s: float, **arguments: float
+    ) -> dict[str, Any]:
+        """Run a command and return its answer; CtrlError when it failed or was not answered.
+
+        ``key`` names it for cancel(). ETIMEDOUT retires the worker.
+        """
+        await self.prepare()
+        line = self._current
+        assert line is not None
+        request = {"command": command, "dev_id": dev_id, "timeout_s": timeout_s, **arguments}
+        try:
+            async with asyncio.timeout(timeout_s + _GRACE_S):
+                answer = await line.ask(key, request)
+        except TimeoutError:
+            answer = {"error": errno.ETIMEDOUT}
+        if answer["error"] == errno.ETIMEDOUT:
+            self._retire(line)
+        if answer["error"]:
+            raise CtrlError(answer["error"], command, dev_id)
+        return answer
+
+    def cancel(self, key: str) -> None:
+        """Interrupt the command of that name, if the current worker has it; its answer comes."""
+        if self._current is not None:
+            self._current.cancel(key)
+
+    def close(self) -> None:
+        """Let go of the worker: it ends, or, where a command holds it, is left alone."""
+        if self._current is not None:
+            self._current.close()
+
+    def _retire(self, line: _Line) -> None:
+        self.retired += 1
+        line.retire()
+        if self._current is line:
+            self._current = None
+
+
+class _Line:
+    """The line to one worker."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._keys: dict[str, int] = {}
+        self._next = 1
+        self._retired = False
+        self.closed = False
+        self._listener = asyncio.create_task(self._listen(reader))
+
+    @classmethod
+    async def open(cls, ours: socket.socket) -> _Line:
+        return cls(*await asyncio.open_unix_connection(sock=ours))
+
+    async def ask(self, key: str, request: dict[str, Any]) -> dict[str, Any]:
+        number, self._next = self._next, self._next + 1
+        answer = self._answers[number] = asyncio.get_running_loop().create_future()
+        self._keys[key] = number
+        self._send({"id": number, **request})
+        try:
+            return await asyncio.shield(answer)
+        finally:
+            self._keys.pop(key, None)
+
+    def cancel(self, key: str) -> None:
+        if key in self._keys:
+            self._send({"id": self._keys[key], "command": "cancel"})
+
+    def retire(self) -> None:
+        self._retired = True
+        if not self._answers:
+            self.close()
+
+    def close(self) -> None:
+        self.closed = True
+        self._listener.cancel()
+        self._writer.close()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._writer.write(json.dumps(message).encode() + b"\n")
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(ConnectionError):
+            while line := await reader.readline():
+                answer = json.loads(line)
+                waiting = self._answers.pop(answer["id"], None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(answer)
+                if self._retired and not self._answers:
+                    break
+        # The worker is gone, and with it all that it had under way.
+        self.closed = True
+        for waiting in self._answers.values():
+            if not waiting.done():
+                waiting.set_result({"error": errno.EIO})
+        self._writer.close()
+
+
+class _Worker:
+    """The worker's side."""
+
+    def __init__(self, ring: AsyncRing, writer: asyncio.StreamWriter) -> None:
+        self._ctrl = UblkCtrl(ring)
+        self._writer = writer
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._cancels: dict[int, asyncio.Event] = {}
+
+    def take(self, request: dict[str, Any]) -> None:
+        number = request["id"]
+        if request["command"] == "cancel":
+            if number in self._cancels:
+                self._cancels[number].set()
+            return
+        self._cancels[number] = asyncio.Event()
+        self._tasks[number] = asyncio.create_task(self._answer(number, request))
+
+    async def _answer(self, number: int, request: dict[str, Any]) -> None:
+        answer: dict[str, Any] = {"id": number, "error": 0}
+        try:
+            answer |= await self._run(request, self._cancels[number])
+        except OSError as error:
+            answer["error"] = error.errno or errno.EIO
+        del self._tasks[number], self._cancels[number]
+        self._writer.write(json.dumps(answer).encode() + b"\n")
+
+    async def _run(self, request: dict[str, Any], cancelled: asyncio.Event) -> dict[str, Any]:
+        dev_id, timeout_s = request["dev_id"], request["timeout_s"]
+        match request["command"]:
+            case "GET_PARAMS":
+                return {"params": await self._ctrl.get_params(dev_id, timeout_s=timeout_s)}
+            case "START_USER_RECOVERY":
+                await self._start(dev_id, timeout_s, request["busy_s"], cancelled)
+            case "END_USER_RECOVERY":
+                await self._end(dev_id, request["pid"], cancelled)
+            case "STOP_DEV":
+                await self._ctrl.stop_dev(dev_id, timeout_s=timeout_s)
+            case unknown:
+                raise CtrlError(errno.EOPNOTSUPP, unknown, dev_id)
+        return {}
+
+    async def _start(
+        self, dev_id: int, timeout_s: float, busy_s: float, cancelled: asyncio.Event
+    ) -> None:
+        """Send START until it is accepted: EBUSY while the old server's files are being closed."""
+        clock = asyncio.get_running_loop().time
+        give_up = clock() + busy_s
+        pause_s = _BUSY_PAUSE_S
+        while True:
+            try:
+                # The rest of the time is for the one that sleeps on the device's mutex.
+                return await self._ctrl.start_user_recovery(dev_id, timeout_s=timeout_s - busy_s)
+            except CtrlError as error:
+                if error.errno != errno.EBUSY or clock() >= give_up:
+                    raise
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(cancelled.wait(), pause_s)
+                raise CtrlError(errno.EINTR, "START_USER_RECOVERY", dev_id)
+            pause_s = min(_BUSY_PAUSE_MAX_S, pause_s * 1.25)
+
+    async def _end(self, dev_id: int, pid: int, cancelled: asyncio.Event) -> None:
+        """Send END; it sleeps in the kernel until the server attached or the daemon cancels it."""
+        operation = await self._ctrl.begin_end_user_recovery(dev_id, pid)
+        result = asyncio.create_task(operation.result(float("inf")))
+        cancel = asyncio.create_task(cancelled.wait())
+        await asyncio.wait({result, cancel}, return_when=asyncio.FIRST_COMPLETED)
+        cancel.cancel()
+        if not result.done():
+            operation.cancel()
+        await result
+
+
+async def _serve(line: socket.socket) -> None:
+    line.setblocking(False)
+    reader, writer = await asyncio.open_unix_connection(sock=line)
+    ring = AsyncRing(_IN_FLIGHT_MAX)
+    ring.limit_workers(_IN_FLIGHT_MAX)
+    worker = _Worker(ring, writer)
+    with contextlib.suppress(ConnectionError):
+        while request := await reader.readline():
+            worker.take(json.loads(request))
+    # No tidying up: the daemon is gone or has let go of us, and the kernel cancels what it can.
+    os._exit(0)
+
+
+def main() -> None:
+    """Serve the daemon on standard input, which is our end of the line."""
+    line = socket.socket(fileno=os.dup(0))
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    asyncio.run(_serve(line))
+
+
+if __name__ == "__main__":
+    main()

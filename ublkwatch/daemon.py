@@ -1,0 +1,249 @@
+"""`ublkwatch run`: composes the monitor with its edges, and starts and stops them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import logging
+import os
+import time
+from collections.abc import Coroutine
+from functools import partial
+from typing import Any
+
+from ublkwatch import discover, log, server, status
+from ublkwatch.config import Config
+from ublkwatch.ctrl import CtrlError, UblkCtrl
+from ublkwatch.ctrl_worker import Workers
+from ublkwatch.events import Transition
+from ublkwatch.launch import Launcher, start_worker
+from ublkwatch.metrics import Metrics, Page
+from ublkwatch.model import Generation, Phase, Policy, ServerId
+from ublkwatch.monitor import Edges, Monitor
+from ublkwatch.store import Store
+from ublkwatch.uapi import DevFlags
+from ublkwatch.uring import AsyncRing
+
+_log = logging.getLogger("ublkwatch")
+
+_RING_ENTRIES = 256
+_STATUS_INTERVAL_S = 0.2
+_HISTORY_PENDING_MAX = 1000
+_UEVENTS_RETRY_S = 10.0
+
+
+class UnavailableError(Exception):
+    """Something that the daemon cannot do without is missing; says what, and the way out."""
+
+    def __init__(self, message: str, *, permission: bool = False) -> None:
+        """``permission``: it is there, but not for us."""
+        super().__init__(message)
+        self.permission = permission
+
+
+class Daemon:
+    """One run of the supervisor."""
+
+    def __init__(self, settings: Config, store: Store) -> None:
+        self._settings = settings
+        self._store = store
+        self._dirty = asyncio.Event()
+        self._history: asyncio.Queue[dict[str, Any]] = asyncio.Queue(_HISTORY_PENDING_MAX)
+        self._dropped = 0
+
+    async def run(self, stop: asyncio.Event, *, verbose: bool) -> None:
+        """Watch until ``stop``; UnavailableError where that is impossible here."""
+        ring = _open_ring()
+        try:
+            ctrl = UblkCtrl(ring)
+            features = await _ask_features(ctrl)
+            lines = log.Log(logging.DEBUG if verbose else logging.INFO)
+            try:
+                await self._watch(ctrl, features, stop)
+            finally:
+                lines.close()
+        finally:
+            ring.close()
+
+    async def _watch(self, ctrl: UblkCtrl, features: DevFlags | None, stop: asyncio.Event) -> None:
+        boot_id = server.read_boot_id()
+        workers = Workers(start_worker)
+        servers = server.Servers(boot_id, self._server_exited)
+        launcher = Launcher(self._settings.runtime_dir, self._ready)
+        edges = Edges(
+            ctrl=ctrl,
+            workers=workers,
+            servers=servers,
+            launcher=launcher,
+            store=self._store,
+            dev_ids=discover.dev_ids,
+            instance=partial(discover.instance, boot_id=boot_id),
+            holds=server.holds,
+            publish=self._publish,
+            clock=time.monotonic,
+            wall=time.time,
+        )
+        self._monitor = Monitor(
+            edges,
+            Policy(generation=Generation.of(features), **self._settings.recovery),  # type: ignore[arg-type]
+            dict(self._settings.commands),
+            self._store.load_records(),
+            self._store.load_specs(),
+        )
+        self._metrics = Metrics(self._monitor.records)
+        page = Page(self._metrics)
+        try:
+            await workers.prepare()
+            port = await self._serve_metrics(page)
+            _log.info("watching; driver features 0x%x, rules %s%s", features or 0,
+                      Generation.of(features).name, f", metrics on port {port}" if port else "")  # fmt: skip
+            await self._run_tasks(stop)
+        finally:
+            page.close()
+            servers.close()
+            launcher.close()
+            workers.close()
+
+    async def _run_tasks(self, stop: asyncio.Event) -> None:
+        works: list[Coroutine[Any, Any, Any]] = [
+            self._monitor.run(self._settings.poll_interval_s),
+            self._write_status_for_ever(),
+            self._write_history_for_ever(),
+            self._follow_uevents_for_ever(),
+        ]
+        tasks = [asyncio.create_task(work) for work in works]
+        stopping = asyncio.create_task(stop.wait())
+        done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
+        for task in [*tasks, stopping]:
+            task.cancel()
+        await asyncio.gather(*tasks, stopping, return_exceptions=True)
+        for task in done - {stopping}:
+            task.result()  # none of them ends but by a bug: let it be seen
+        await asyncio.to_thread(self._drain_history)
+        _log.info("stopped; the servers live on")
+
+    # --- news from the edges ---------------------------------------------------------------------
+
+    def _server_exited(self, process: ServerId) -> None:
+        self._monitor.server_exited(process)
+
+    def _ready(self, tag: str) -> None:
+        self._monitor.ready(tag)
+
+    def _publish(self, transition: Transition) -> None:
+        """Tell the subscribers; none of them can delay an effect, so what is too much is lost."""
+        level, text = log.line(transition)
+        _log.log(level, text)
+        self._metrics.publish(transition)
+        self._dirty.set()
+        before, after = transition.before.phase, transition.after.phase
+        if (before, after) == (Phase.PROBATION, Phase.WATCHING) or after is Phase.FAILED:
+            try:
+                self._history.put_nowait(_history_entry(transition))
+            except asyncio.QueueFull:
+                self._dropped += 1
+
+    # --- subscribers with a pace of their own ----------------------------------------------------
+
+    async def _write_status_for_ever(self) -> None:
+        """Write the document when something changed, and at least as often as we poll."""
+        while True:
+            document = status.document(
+                self._monitor.records(),
+                self._monitor.policy,
+                wall=time.time(),
+                now=time.monotonic(),
+                pid=os.getpid(),
+            )
+            try:
+                await asyncio.to_thread(self._store.write_status, json.dumps(document))
+            except OSError as error:
+                _log.warning("status not written: %s", error)
+            await asyncio.sleep(_STATUS_INTERVAL_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.poll_interval_s):
+                    await self._dirty.wait()
+            self._dirty.clear()
+
+    async def _write_history_for_ever(self) -> None:
+        while True:
+            entry = await self._history.get()
+            await asyncio.to_thread(self._write_history, entry)
+
+    def _drain_history(self) -> None:
+        while not self._history.empty():
+            self._write_history(self._history.get_nowait())
+
+    def _write_history(self, entry: dict[str, Any]) -> None:
+        try:
+            self._store.add_history(entry)
+        except (OSError, self._store.HistoryError) as error:
+            _log.warning("history not written: %s", error)
+
+    async def _follow_uevents_for_ever(self) -> None:
+        """Uevents are hints: without them devices are found by the poll."""
+        while True:
+            try:
+                await discover.follow_uevents(self._monitor.look)
+            except (OSError, ImportError) as error:
+                _log.warning("no uevents (%s); new devices are found by polling", error)
+            await asyncio.sleep(_UEVENTS_RETRY_S)
+
+    async def _serve_metrics(self, page: Page) -> int | None:
+        if not self._settings.metrics["enabled"]:
+            return None
+        address, port = self._settings.metrics["address"], self._settings.metrics["port"]
+        try:
+            return await page.start(address, port)
+        except OSError as error:
+            raise UnavailableError(
+                f"metrics: cannot listen on {address} port {port}: {error.strerror}; change "
+                "metrics.port, or set metrics.enabled = false"
+            ) from error
+
+
+def _open_ring() -> AsyncRing:
+    try:
+        return AsyncRing(_RING_ENTRIES)
+    except OSError as error:
+        if error.errno == errno.EPERM:
+            raise UnavailableError(
+                "io_uring is forbidden here; try: sysctl kernel.io_uring_disabled=0, and in a "
+                "container a seccomp profile that allows io_uring_setup"
+            ) from error
+        if error.errno == errno.ENOSYS:
+            raise UnavailableError(
+                "there is no io_uring here: the kernel lacks it, or the container's seccomp "
+                "profile hides it"
+            ) from error
+        raise UnavailableError(f"io_uring: {error.strerror}") from error
+
+
+async def _ask_features(ctrl: UblkCtrl) -> DevFlags | None:
+    try:
+        return await ctrl.get_features()
+    except CtrlError as error:
+        if error.errno == errno.EPERM:
+            raise UnavailableError(str(error), permission=True) from error
+        return None  # Linux before 6.5
+    except OSError as error:
+        denied = error.errno in (errno.EACCES, errno.EPERM)
+        raise UnavailableError(str(error.strerror), permission=denied) from error
+
+
+def _history_entry(transition: Transition) -> dict[str, Any]:
+    record = transition.after
+    lost = record.marks[0][1] if record.marks else transition.now
+    return {
+        "dev_id": record.dev_id,
+        "instance": record.instance,
+        "at": transition.wall,
+        "result": "success" if record.phase is Phase.WATCHING else "gave_up",
+        "reason": record.reason.name if record.reason else None,
+        "detected_by": record.detected_by,
+        "attempts": record.attempts,
+        "held_s": record.last_held_s if record.phase is Phase.WATCHING else None,
+        "timeline": [[name, at - lost] for name, at in record.marks],
+    }

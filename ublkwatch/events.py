@@ -1,0 +1,184 @@
+"""Facts and effects: what goes into the machine, and what comes out of it. Pure data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ublkwatch.model import DevInfo, Record, ServerId
+
+# --- facts: past tense, the machine's only input -------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InfoRead:
+    """GET_DEV_INFO answered. ``server`` is who ublksrv_pid is, if that process lives."""
+
+    info: DevInfo
+    instance: str
+    server: ServerId | None
+
+
+@dataclass(frozen=True, slots=True)
+class InfoMissing:
+    """There is no such device any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerExited:
+    """A process that we watched has ended; ``how`` is for people ("unknown": not our child)."""
+
+    server: ServerId
+    how: str = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """The process of attempt ``seq`` exists."""
+
+    seq: int
+    server: ServerId
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The server of attempt ``seq`` said READY=1 and waits for its line."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnFailed:
+    """No process of attempt ``seq`` could be started."""
+
+    seq: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartReplied:
+    """START_USER_RECOVERY came back: 0, an errno, or ETIMEDOUT for no answer."""
+
+    seq: int
+    error: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndReplied:
+    """END_USER_RECOVERY came back: 0, an errno, or ETIMEDOUT for no answer."""
+
+    seq: int
+    error: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptOver:
+    """No process of attempt ``seq`` is left."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Woken:
+    """The time that the record asked for has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """We were restarted; the record is from our former life, ``candidate`` found by its tag."""
+
+    candidate: ServerId | None
+
+
+Event = (
+    InfoRead
+    | InfoMissing
+    | ServerExited
+    | Spawned
+    | Ready
+    | SpawnFailed
+    | StartReplied
+    | EndReplied
+    | AttemptOver
+    | Woken
+    | Resumed
+)
+
+
+# --- effects: wishes, imperative, performed by the monitor ---------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ReadInfo:
+    """Send GET_DEV_INFO now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Report this process's end, also when it has ended already."""
+
+    server: ServerId
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Start the server of attempt ``seq``."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendStart:
+    """Send START_USER_RECOVERY; EBUSY is retried within a bound and answered once."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class WriteLine:
+    """Give the server of attempt ``seq`` its line: the go."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendEnd:
+    """Send END_USER_RECOVERY for that server."""
+
+    seq: int
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Interrupt this attempt's command that is with the kernel; its reply still comes."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndAttempt:
+    """SIGKILL every process of attempt ``seq``; AttemptOver when none is left."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """SIGKILL this process; its ServerExited follows."""
+
+    server: ServerId
+
+
+Effect = ReadInfo | Watch | Spawn | SendStart | WriteLine | SendEnd | Cancel | EndAttempt | Kill
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """One change of phase: the one fact that log, metrics, history and status are made from."""
+
+    wall: float  # seconds since the epoch
+    now: float
+    before: Record
+    after: Record
+    event: str
+    effects: tuple[Effect, ...] = ()

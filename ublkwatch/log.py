@@ -1,0 +1,67 @@
+"""One line per transition, on standard error, never delaying the one who logs."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import queue
+
+from ublkwatch.events import Effect, Transition
+from ublkwatch.model import Phase
+
+_LINES_MAX = 10_000
+_EXPLAINED = (Phase.OBSERVED, Phase.STOPPING, Phase.BACKOFF, Phase.FAILED)
+
+
+class Log:
+    """Logging that a slow or stuck standard error does not stop: it drops, and counts."""
+
+    def __init__(self, level: int = logging.INFO) -> None:
+        """Take over the root logger until close()."""
+        self._queue: queue.Queue[logging.LogRecord] = queue.Queue(_LINES_MAX)
+        self._handler = _Dropping(self._queue)
+        self._handler.setFormatter(logging.Formatter("%(message)s"))
+        writer = logging.StreamHandler()
+        writer.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        self._listener = logging.handlers.QueueListener(self._queue, writer)
+        self._listener.start()
+        logging.basicConfig(level=level, handlers=[self._handler], force=True)
+
+    @property
+    def dropped(self) -> int:
+        """How many lines were lost so far."""
+        return self._handler.dropped
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._listener.stop()
+
+
+class _Dropping(logging.handlers.QueueHandler):
+    dropped = 0
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
+
+
+def line(transition: Transition) -> tuple[int, str]:
+    """Return the level and the text of a transition."""
+    before, after = transition.before, transition.after
+    text = f"ublk {after.dev_id}: {before.phase.value} -> {after.phase.value} ({transition.event}"
+    text += f" after {transition.now - before.since:.3f} s)"
+    if after.phase is Phase.WATCHING and before.phase is Phase.PROBATION:
+        text += f", recovered: I/O was held for {(after.last_held_s or 0) * 1000:.0f} ms"
+        text += f", detected by {after.detected_by}, attempt {after.attempts}"
+    elif after.reason is not None and after.phase in _EXPLAINED:
+        text += f": {after.reason.value}" + (f" ({after.detail})" if after.detail else "")
+    if transition.effects:
+        text += f"; next: {', '.join(_words(effect) for effect in transition.effects)}"
+    loud = after.phase is Phase.FAILED
+    return logging.ERROR if loud else logging.INFO, text
+
+
+def _words(effect: Effect) -> str:
+    return type(effect).__name__

@@ -1,0 +1,204 @@
+"""The nouns: device, server, phase, record, policy. Pure data; nothing here acts.
+
+Kernel words keep the kernel's spelling and meaning (device, server, state, queue, depth); phase,
+record, policy, spec and attempt are ours (ARCHITECTURE.md has the list). All times called ``now``,
+``since``, ``deadline`` or ``wake`` are seconds of CLOCK_MONOTONIC; wall times are called so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+
+from ublkwatch.uapi import DevFlags, DevState
+
+# The environment variable by which the processes of an attempt are found again.
+TAG_VARIABLE = "UBLKWATCH_ATTEMPT"
+
+# --- what there is -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DevInfo:
+    """What GET_DEV_INFO says of a device (``struct ublksrv_ctrl_dev_info``)."""
+
+    dev_id: int
+    state: DevState | int  # a bare int is a state that this version does not know
+    flags: DevFlags
+    nr_hw_queues: int
+    queue_depth: int
+    max_io_buf_bytes: int
+    ublksrv_pid: int
+    ublksrv_flags: int = 0
+    owner_uid: int = 0
+    owner_gid: int = 0
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class ServerId:
+    """A process, not just a number: a pid means nothing without its start time and its boot."""
+
+    pid: int
+    start_ticks: int  # /proc/PID/stat, field 22: clock ticks since boot
+    boot_id: str
+
+
+class Generation(IntEnum):
+    """Which rules the driver follows (docs/kernel.md). Told apart by feature bits, never uname."""
+
+    UNKNOWN = 0  # no GET_FEATURES: ublkwatch observes and does not act
+    G2 = 2  # Linux 6.7-6.14: START is one-shot; a server that dies half attached wedges the device
+    G3 = 3  # Linux 6.15 on: START is idempotent, the character device's release resets everything
+
+    @classmethod
+    def of(cls, features: DevFlags | None) -> Generation:
+        """Judge GET_FEATURES: G2 masks ZERO_COPY out (6.12: ublk_drv.c:2914), G3 reports it."""
+        if features is None:
+            return cls.UNKNOWN
+        return cls.G3 if features & DevFlags.SUPPORT_ZERO_COPY else cls.G2
+
+
+class RecoveryMode(Enum):
+    """What the device's flags promise for I/O when its server dies (docs/kernel.md)."""
+
+    NONE = "none"  # the disk is removed
+    PLAIN = "recovery"  # in flight: EIO; issued meanwhile: waits
+    REISSUE = "reissue"  # in flight: sent again; issued meanwhile: waits
+    FAIL_IO = "fail_io"  # in flight: EIO; issued meanwhile: EREMOTEIO at once
+
+    @classmethod
+    def of(cls, flags: DevFlags) -> RecoveryMode:
+        """Read it from the flags that the kernel granted, never from those that were asked for."""
+        if not flags & DevFlags.USER_RECOVERY or flags & DevFlags.UNPRIVILEGED_DEV:
+            return cls.NONE  # the driver strips recovery from unprivileged devices
+        if flags & DevFlags.USER_RECOVERY_FAIL_IO:
+            return cls.FAIL_IO
+        return cls.REISSUE if flags & DevFlags.USER_RECOVERY_REISSUE else cls.PLAIN
+
+
+@dataclass(frozen=True, slots=True)
+class QueueConfig:
+    """What a new server must serve: fixed for the device's life, read from the kernel."""
+
+    nr_hw_queues: int
+    queue_depth: int
+    max_io_buf_bytes: int
+    flags: int
+    params: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """All that is needed to respawn a server: the persisted queue config and the command."""
+
+    dev_id: int
+    instance: str
+    queue: QueueConfig
+    command: tuple[str, ...]
+
+
+# --- what we make of it --------------------------------------------------------------------------
+
+
+class Phase(Enum):
+    """Where a device stands in our machine; recovery.py has the rules."""
+
+    OBSERVED = "observed"  # not ours to act on; the reason says why
+    WATCHING = "watching"  # LIVE under a server that we watch
+    DRAINING = "draining"  # server lost: the kernel lets go of it while the new one starts
+    STARTING = "starting"  # START_USER_RECOVERY is with the kernel
+    ATTACHING = "attaching"  # the new server has its line, END_USER_RECOVERY waits for it
+    PROBATION = "probation"  # LIVE again; believed after a second look
+    STOPPING = "stopping"  # an attempt is being ended: its processes, its END
+    BACKOFF = "backoff"  # waiting before the next attempt
+    FAILED = "failed"  # gave up; the reason says why, docs/recovery.md what to do
+    GONE = "gone"  # stopped or deleted: the record is forgotten
+
+
+class Reason(Enum):
+    """Why a device is not simply watched. Each has a section in docs/recovery.md."""
+
+    NO_RECOVERY_FLAG = "not recoverable: created without UBLK_F_USER_RECOVERY"
+    NO_SPEC = "unmanaged: no [[device]] of the configuration says how to start its server"
+    NO_FEATURES = "the driver has no GET_FEATURES (before Linux 6.5): observing only"
+    NEVER_SEEN_LIVE = "it had lost its server before ublkwatch first saw it"
+    NO_VISIBLE_SERVER = "LIVE, but no process that we can see serves it (another pid namespace?)"
+    UNKNOWN_STATE = "the kernel reports a state that this version does not know"
+    SPAWN_FAILED = "the server could not be started"
+    DIED_BEFORE_READY = "the server ended before it was ready"
+    NOT_READY = "the server was not ready in time"
+    NOT_QUIESCED = "the kernel did not let go of the old server in time"
+    CHAR_DEVICE_BUSY = "START_USER_RECOVERY: EBUSY, somebody holds the character device open"
+    START_REFUSED = "START_USER_RECOVERY was refused"
+    NO_ANSWER = "a control command was not answered in time"
+    DIED_ATTACHING = "the server died while it attached"
+    ATTACH_TIMEOUT = "the server did not attach in time"
+    END_REFUSED = "END_USER_RECOVERY was refused"
+    DIED_IN_PROBATION = "the server died right after the device was LIVE"
+    HALF_ATTACHED = "a server died half attached: on this kernel only STOP_DEV frees the device"
+    LIVE_WITHOUT_SERVER = "LIVE, but its server is dead: on this kernel only STOP_DEV frees it"
+    INTERNAL_ERROR = "a bug in ublkwatch; the log has the details"
+
+
+class Armed(Enum):
+    """What we know of START_USER_RECOVERY, which G2 takes once: saved before and after it."""
+
+    NO = "no"
+    SENT = "sent"  # it is with the kernel
+    UNSURE = "unsure"  # it was sent, and no answer will come: we died, or the kernel is stuck
+    YES = "yes"  # it returned 0
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """All that the machine knows of one device; replaced whole, saved before its effects run."""
+
+    dev_id: int
+    instance: str  # names this life of the device: boot id and disk sequence number
+    phase: Phase = Phase.OBSERVED
+    reason: Reason | None = None
+    detail: str = ""  # the reason's particulars, for people
+    since: float = 0.0  # when the phase was entered
+    wake: float | None = None  # when the machine wants to be asked again
+    info: DevInfo | None = None  # the last answer of GET_DEV_INFO
+    server: ServerId | None = None  # who serves, while somebody does
+    candidate: ServerId | None = None  # the new server of this attempt
+    seq: int = 0  # names an attempt; never used twice for a device
+    ready: bool = False  # the candidate said READY=1
+    agreed: int = 0  # reads in a row that said QUIESCED or FAIL_IO
+    armed: Armed = Armed.NO
+    lined: bool = False  # a line was written since the last START: G2 counts that as half attached
+    pending: bool = False  # this attempt's START or END is with the kernel
+    over: bool = True  # no process of the attempt is left
+    then: Phase | None = None  # where STOPPING leads, if not to another attempt
+    failures: tuple[float, ...] = ()  # when attempts failed, within the window
+    attempts: int = 0  # of this recovery
+    detected_by: str = ""  # "pidfd", "poll" or "startup"
+    marks: tuple[tuple[str, float], ...] = ()  # (phase entered, when) since the server was lost
+    recoveries: int = 0
+    last_held_s: float | None = None  # of the last recovery, from detection to LIVE
+
+
+# --- what the machine is told besides facts ------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The operator's choices and the kernel's kind, for one device. Times in seconds."""
+
+    generation: Generation = Generation.G3
+    has_spec: bool = True  # the configuration says how to start its server
+    seen_live: bool = True  # this very device was LIVE under our eyes, now or in a former life
+    attempts_max: int = 5  # failed attempts within the window, then FAILED
+    window_s: float = 60.0
+    backoff_base_s: float = 0.2
+    backoff_max_s: float = 10.0
+    ready_timeout_s: float = 30.0
+    # Linux 6.12 needs its block layer's 30 s when the dead server held every tag of a queue.
+    drain_timeout_s: float = 90.0
+    start_timeout_s: float = 60.0
+    attach_timeout_s: float = 15.0
+    stop_timeout_s: float = 20.0
+    probation_s: float = 1.0
+    drain_poll_s: float = 0.002
+    drain_poll_max_s: float = 0.25

@@ -1,0 +1,142 @@
+"""ublk servers as processes: identify, watch, find, and end them.
+
+The only home of pidfds, kill and psutil. A process is (boot id, pid, start ticks), and a signal
+goes through a pidfd whose owner was checked, so that a reused pid is never mistaken for a server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from ublkwatch.model import TAG_VARIABLE, ServerId
+
+
+def read_boot_id() -> str:
+    """Return the kernel's name for this boot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+class Servers:
+    """The processes that ublkwatch knows, each by a pidfd."""
+
+    def __init__(self, boot_id: str, report: Callable[[ServerId], None]) -> None:
+        """``report`` is told, from the loop, of each watched process that has ended, once."""
+        self._boot_id = boot_id
+        self._report = report
+        self._loop = asyncio.get_running_loop()
+        self._pidfds: dict[ServerId, int] = {}
+
+    def identify(self, pid: int) -> ServerId | None:
+        """Return who ``pid`` is now, or None where there is no such process or it has ended.
+
+        A number of 1 or less is nobody: DEAD devices say -1, and Linux before 6.17 stores whatever
+        number a server inside a pid namespace thought it had.
+        """
+        if pid <= 1:
+            return None
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            return None
+        try:
+            ticks = _start_ticks(pid)
+            return None if ticks is None or _ended(pidfd) else ServerId(pid, ticks, self._boot_id)
+        finally:
+            os.close(pidfd)
+
+    def watch(self, server: ServerId) -> None:
+        """Report its end; at once, if it has ended already or its pid is somebody else's."""
+        if server in self._pidfds:
+            return
+        pidfd = self._open(server)
+        if pidfd is None:
+            self._loop.call_soon(self._report, server)
+            return
+        self._pidfds[server] = pidfd
+        self._loop.add_reader(pidfd, self._exited, server)
+
+    def kill(self, server: ServerId) -> None:
+        """SIGKILL it; its end is reported as any other (also when there is nobody to kill)."""
+        self.watch(server)
+        if (pidfd := self._pidfds.get(server)) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+    def tagged(self, tag: str) -> list[ServerId]:
+        """Find the processes of an attempt by the tag in their environment; slow, for a thread."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get(TAG_VARIABLE) == tag:
+                    server = self.identify(process.pid)
+                    found += [server] if server else []
+        return found
+
+    async def end_tagged(self, tag: str) -> None:
+        """SIGKILL the processes of an attempt, until there are none; the caller bounds the wait."""
+        while strays := await asyncio.to_thread(self.tagged, tag):
+            for server in strays:
+                self.kill(server)
+            await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        """Stop watching; the processes live on."""
+        for pidfd in self._pidfds.values():
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)
+        self._pidfds.clear()
+
+    def _open(self, server: ServerId) -> int | None:
+        if server.boot_id != self._boot_id:
+            return None
+        try:
+            pidfd = os.pidfd_open(server.pid)
+        except OSError:
+            return None
+        if _start_ticks(server.pid) == server.start_ticks:
+            return pidfd
+        os.close(pidfd)
+        return None
+
+    def _exited(self, server: ServerId) -> None:
+        pidfd = self._pidfds.pop(server)
+        self._loop.remove_reader(pidfd)
+        os.close(pidfd)
+        self._report(server)
+
+
+def holds(pid: int, node: str) -> bool:
+    """Tell whether the process has that device node open, without touching the node."""
+    try:
+        descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
+    for descriptor in descriptors:
+        with contextlib.suppress(OSError):
+            if str(descriptor.readlink()) == node:
+                return True
+    return False
+
+
+def _start_ticks(pid: int) -> int | None:
+    """Return field 22 of /proc/PID/stat; the command's name before it may hold anything."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    return int(stat[stat.rindex(b")") + 2 :].split()[19])
+
+
+def _ended(pidfd: int) -> bool:
+    """Tell whether the whole thread group has ended (a zombie has)."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))

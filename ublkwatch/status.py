@@ -1,0 +1,122 @@
+"""The status document, and its table. Pure.
+
+The document is what other programs read (``schema_version`` says how it is to be understood:
+within one number, keys are only added); the table is for people. Times are numbers in seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ublkwatch.model import Phase, Policy, Record, RecoveryMode
+from ublkwatch.uapi import DevState
+
+SCHEMA_VERSION = 1
+
+# What the device's flags mean for a program that does I/O while the server is away.
+PROMISE = {
+    RecoveryMode.NONE: "the disk is removed when the server dies",
+    RecoveryMode.PLAIN: "in flight: EIO; meanwhile: waits",
+    RecoveryMode.REISSUE: "in flight: sent again; meanwhile: waits",
+    RecoveryMode.FAIL_IO: "in flight: EIO; meanwhile: EREMOTEIO",
+}
+
+
+def state_name(state: DevState | int) -> str:
+    """Return the kernel's name of a state, or its number if it is a new one."""
+    return state.name if isinstance(state, DevState) else f"state {state}"
+
+
+def document(
+    records: Iterable[Record], policy: Callable[[int], Policy], *, wall: float, now: float, pid: int
+) -> dict[str, Any]:
+    """Return the status document of this moment."""
+    devices = [
+        _device(record, policy(record.dev_id), wall - now)
+        for record in sorted(records, key=lambda record: record.dev_id)
+    ]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "written_at": wall,
+        "supervisor_pid": pid,
+        "devices": devices,
+    }
+
+
+def _device(record: Record, policy: Policy, offset: float) -> dict[str, Any]:
+    info = record.info
+    mode = RecoveryMode.of(info.flags) if info else None
+    recent = [at for at in record.failures if record.since - at <= policy.window_s]
+    return {
+        "dev_id": record.dev_id,
+        "device": f"ublkb{record.dev_id}",
+        "state": state_name(info.state) if info else None,
+        "phase": record.phase.value,
+        "reason": record.reason.name if record.reason else None,
+        "explanation": explanation(record),
+        "since": record.since + offset,
+        "next_at": record.wake + offset if record.phase is Phase.BACKOFF and record.wake else None,
+        "server_pid": record.server.pid if record.server else None,
+        "queues": info.nr_hw_queues if info else None,
+        "depth": info.queue_depth if info else None,
+        "flags": int(info.flags) if info else None,
+        "recovery_mode": mode.value if mode else None,
+        "io_while_down": PROMISE[mode] if mode else None,
+        "recoveries": record.recoveries,
+        "last_held_s": record.last_held_s,
+        "detected_by": record.detected_by or None,
+        "detected_at": record.marks[0][1] + offset if record.marks else None,
+        "timeline": [[name, at - record.marks[0][1]] for name, at in record.marks],
+        "attempts": record.attempts,
+        "attempts_left": max(0, policy.attempts_max - len(recent)),
+    }
+
+
+def explanation(record: Record) -> str:
+    """Say in one line why the device is not simply watched; empty when it is."""
+    detail = f" ({record.detail})" if record.detail else ""
+    if record.phase is Phase.DRAINING and record.ready:
+        return "the new server is ready; waiting for the kernel to let go of the old one"
+    if record.reason and record.phase is not Phase.WATCHING:
+        return f"{record.reason.value}{detail}"
+    return ""
+
+
+_COLUMNS = ("DEVICE", "STATE", "PHASE", "SERVER", "QUEUES", "I/O MODE", "RECOVERIES", "HELD")
+
+
+def table(status: dict[str, Any], *, running: bool, wall: float | None = None) -> str:
+    """Return the table for people, problems first; a summary line heads it."""
+    wall = time.time() if wall is None else wall
+    devices = sorted(status["devices"], key=lambda d: (d["phase"] == "watching", d["dev_id"]))
+    watched = sum(device["phase"] == "watching" for device in devices)
+    head = f"{len(devices)} device{'s' * (len(devices) != 1)}, {watched} watched and LIVE"
+    if not running:
+        head += f"; ublkwatch is not running, this is {wall - status['written_at']:.0f} s old"
+    if not devices:
+        return head
+    rows = [_COLUMNS, *(_row(device) for device in devices)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    lines = [head, ""]
+    for device, row in zip([None, *devices], rows, strict=True):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join(cells).rstrip())
+        if device and device["explanation"]:
+            lines.append(f"    {device['explanation']}")
+    return "\n".join(lines)
+
+
+def _row(device: dict[str, Any]) -> tuple[str, ...]:
+    held = device["last_held_s"]
+    return (
+        device["device"],
+        device["state"] or "?",
+        device["phase"],
+        str(device["server_pid"] or "-"),
+        f"{device['queues']}x{device['depth']}",
+        device["recovery_mode"] or "?",
+        str(device["recoveries"]),
+        "-" if held is None else f"{held * 1000:.0f} ms",
+    )

@@ -1,0 +1,179 @@
+"""What survives us: records in the runtime directory, specs and history in the state directory.
+
+A record is committed before its effects run; the runtime directory is a tmpfs, so that costs no
+disk and dies with the boot that it speaks of. Specs and history are off the path of a recovery. One
+JSON file each, replaced atomically: a broken one harms one device only, and a person can read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ublkwatch.model import Armed, Phase, QueueConfig, Reason, Record, ServerId, Spec
+
+_VERSION = 1
+_HISTORY_MAX = 10_000
+_log = logging.getLogger("ublkwatch")
+
+
+class StoreError(Exception):
+    """A directory or file that cannot be used; says which, why, and what to do."""
+
+
+class Store:
+    """The two directories; while it is open, no second ublkwatch can use them."""
+
+    HistoryError = sqlite3.Error
+
+    def __init__(self, runtime_dir: Path, state_dir: Path) -> None:
+        """Make the directories where missing, and take the lock; StoreError when that fails."""
+        self._records = runtime_dir / "records"
+        self._specs = state_dir / "specs"
+        self._runtime_dir = runtime_dir
+        for directory, mode in (
+            (runtime_dir, 0o755),
+            (self._records, 0o700),
+            (state_dir, 0o700),
+            (self._specs, 0o700),
+        ):
+            try:
+                directory.mkdir(mode=mode, parents=True, exist_ok=True)
+                probe = directory / ".probe"
+                probe.write_bytes(b"")
+                probe.unlink()
+            except OSError as error:
+                raise StoreError(
+                    f"{directory}: {error.strerror}; it must be a directory that root can write "
+                    "(runtime_dir and state_dir in the configuration)"
+                ) from error
+        self._lock = os.open(runtime_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise StoreError(
+                f"{runtime_dir}/lock is held: another ublkwatch runs here; stop it first"
+            ) from None
+        self._history = state_dir / "history.sqlite"
+
+    def close(self) -> None:
+        """Let the next one in."""
+        os.close(self._lock)
+
+    def save_record(self, record: Record) -> None:
+        """Commit what the machine knows; OSError when it could not be written."""
+        content = {"version": _VERSION} | _encode(record)
+        replace_file(self._records / f"{record.dev_id}.json", json.dumps(content))
+
+    def drop_record(self, dev_id: int) -> None:
+        """Forget a device that is gone."""
+        (self._records / f"{dev_id}.json").unlink(missing_ok=True)
+
+    def load_records(self) -> dict[int, Record]:
+        """Return the records of our former life."""
+        return {record.dev_id: record for record in self._load(self._records, _decode_record)}
+
+    def save_spec(self, spec: Spec) -> None:
+        """Keep the queue config and the command; OSError when it could not be written."""
+        replace_file(
+            self._specs / f"{spec.dev_id}.json", json.dumps({"version": _VERSION} | asdict(spec))
+        )
+
+    def load_specs(self) -> dict[int, Spec]:
+        """Return what was kept; a file that cannot be understood is set aside."""
+        return {spec.dev_id: spec for spec in self._load(self._specs, _decode_spec)}
+
+    def add_history(self, entry: dict[str, Any]) -> None:
+        """Append one recovery to the history, which forgets its oldest; slow, for a thread."""
+        with contextlib.closing(sqlite3.connect(self._history, timeout=10)) as db, db:
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute(
+                "CREATE TABLE IF NOT EXISTS recoveries "
+                "(id INTEGER PRIMARY KEY AUTOINCREMENT, dev_id INTEGER, entry TEXT)"
+            )
+            cursor = db.execute(
+                "INSERT INTO recoveries (dev_id, entry) VALUES (?, ?)",
+                (entry["dev_id"], json.dumps(entry)),
+            )
+            oldest = (cursor.lastrowid or 0) - _HISTORY_MAX
+            db.execute("DELETE FROM recoveries WHERE id <= ?", (oldest,))
+
+    def load_history(self) -> list[dict[str, Any]]:
+        """Return the recoveries, oldest first."""
+        if not self._history.exists():
+            return []
+        with contextlib.closing(sqlite3.connect(self._history, timeout=10)) as db:
+            return [json.loads(row[0]) for row in db.execute("SELECT entry FROM recoveries")]
+
+    def write_status(self, document: str) -> None:
+        """Replace the status document, which everybody may read."""
+        replace_file(self._runtime_dir / "status.json", document, mode=0o644)
+
+    def _load(self, directory: Path, decode: Any) -> Iterator[Any]:
+        for path in sorted(directory.glob("*.json")):
+            try:
+                content = json.loads(path.read_text())
+                yield decode(content, content.pop("version"))
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                aside = path.with_suffix(".bad")
+                path.replace(aside)
+                _log.error("%s cannot be understood (%r); set aside as %s", path, error, aside)
+
+
+def replace_file(path: Path, content: str, mode: int = 0o600) -> None:
+    """Write the file so that a reader sees the old content or the new, whole."""
+    draft = path.with_name(f".{path.name}.new")
+    with open(draft, "w", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        os.fchmod(file.fileno(), mode)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _encode(record: Record) -> dict[str, Any]:
+    content = asdict(record)
+    del content["info"]  # read anew
+    content["phase"] = record.phase.name
+    content["reason"] = record.reason.name if record.reason else None
+    content["armed"] = record.armed.name
+    content["then"] = record.then.name if record.then else None
+    return content
+
+
+def _decode_record(content: dict[str, Any], version: int) -> Record:
+    _check_version(version)
+    return Record(
+        **content
+        | {
+            "phase": Phase[content["phase"]],
+            "reason": Reason[content["reason"]] if content["reason"] else None,
+            "armed": Armed[content["armed"]],
+            "then": Phase[content["then"]] if content["then"] else None,
+            "server": ServerId(**content["server"]) if content["server"] else None,
+            "candidate": ServerId(**content["candidate"]) if content["candidate"] else None,
+            "failures": tuple(content["failures"]),
+            "marks": tuple((name, at) for name, at in content["marks"]),
+        }
+    )
+
+
+def _check_version(version: int) -> None:
+    if version != _VERSION:
+        raise ValueError(f"version {version}, where this ublkwatch knows {_VERSION}")
+
+
+def _decode_spec(content: dict[str, Any], version: int) -> Spec:
+    _check_version(version)
+    return Spec(
+        **content | {"queue": QueueConfig(**content["queue"]), "command": tuple(content["command"])}
+    )

@@ -1,0 +1,244 @@
+"""One io_uring with 128-byte SQEs: by hand over raw syscalls, and under asyncio.
+
+The only home of ctypes, mmap and syscall numbers. PyPI's bindings cannot fill the 80-byte command
+area that ublk's control commands need, hence this module. Semantics: io_uring_setup(2),
+io_uring_enter(2); sources cited by function name are Linux 7.2's ``io_uring/``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+
+from ublkwatch import uapi
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+# Buffers of commands that were still with the kernel when their ring was closed. A worker of io-wq
+# may write into one much later, so they are never freed; bounded by the entries of the rings.
+_orphaned_buffers: list[Buffer] = []
+
+
+def _syscall(number: int, *args: int) -> int:
+    result = int(_libc.syscall(ctypes.c_long(number), *(ctypes.c_ulong(arg) for arg in args)))
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return result
+
+
+class Buffer:
+    """Memory at a fixed address that the kernel reads or writes for a command."""
+
+    def __init__(self, content: bytes | int) -> None:
+        """Hold a copy of ``content``, or that many zero bytes."""
+        size = content if isinstance(content, int) else len(content)
+        self._memory = ctypes.create_string_buffer(size)
+        if isinstance(content, bytes):
+            self._memory.raw = content
+        self.size = size
+        self.address = ctypes.addressof(self._memory)
+
+    def bytes(self) -> bytes:
+        """Return a copy of what is in it now."""
+        return self._memory.raw
+
+
+def address_of(memory: mmap.mmap) -> int:
+    """Return the address of a writable mapping; it is valid while the mapping is open."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+class Ring:
+    """A submission and a completion queue, to be used by one thread."""
+
+    def __init__(self, entries: int) -> None:
+        """Set up the ring; OSError says why not (EPERM, ENOSYS: io_uring is not to be had)."""
+        params = Buffer(
+            uapi.io_uring_params.pack(flags=uapi.IORING_SETUP_SQE128 | uapi.IORING_SETUP_CLAMP)
+        )
+        self.fd = _syscall(uapi.SYS_IO_URING_SETUP, entries, params.address)
+        try:
+            self._map(params.bytes())
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self._to_submit = 0
+
+    def _map(self, params: bytes) -> None:
+        p = uapi.io_uring_params
+        values = p.unpack(params)
+        needed = uapi.IORING_FEAT_SINGLE_MMAP | uapi.IORING_FEAT_NODROP
+        if values["features"] & needed != needed:
+            raise OSError(errno.ENOSYS, "io_uring is older than Linux 5.5")
+        sq = uapi.io_sqring_offsets.unpack(params[p.offsets["sq_off"] :])
+        cq = uapi.io_cqring_offsets.unpack(params[p.offsets["cq_off"] :])
+        self.entries = values["sq_entries"]
+        cqes_end = cq["cqes"] + values["cq_entries"] * uapi.io_uring_cqe.size
+        ring_size = max(cqes_end, sq["array"] + self.entries * 4)
+        self._rings = mmap.mmap(self.fd, ring_size, offset=uapi.IORING_OFF_SQ_RING)
+        self._sqes = mmap.mmap(
+            self.fd, self.entries * uapi.SQE128_SIZE, offset=uapi.IORING_OFF_SQES
+        )
+        self._words = memoryview(self._rings).cast("I")
+        self._sq_head, self._sq_tail = sq["head"] // 4, sq["tail"] // 4
+        self._cq_head, self._cq_tail = cq["head"] // 4, cq["tail"] // 4
+        self._sq_mask, self._cq_mask = self.entries - 1, values["cq_entries"] - 1
+        self._cqes = cq["cqes"]
+        for index in range(self.entries):  # the indirection array is not needed: identity, for ever
+            self._words[sq["array"] // 4 + index] = index
+
+    def push(self, sqe: bytes) -> None:
+        """Queue one SQE for the next submit(); OSError EBUSY when the queue is full."""
+        tail = self._words[self._sq_tail]
+        if tail - self._words[self._sq_head] & 0xFFFFFFFF >= self.entries:
+            raise OSError(errno.EBUSY, "the submission queue is full")
+        at = (tail & self._sq_mask) * uapi.SQE128_SIZE
+        self._sqes[at : at + uapi.SQE128_SIZE] = sqe
+        # The syscall that follows is the barrier: no SQPOLL thread could look earlier.
+        self._words[self._sq_tail] = tail + 1 & 0xFFFFFFFF
+        self._to_submit += 1
+
+    def submit(self, wait: int = 0) -> None:
+        """Hand what was pushed to the kernel; sleep until ``wait`` completions are there."""
+        flags = uapi.IORING_ENTER_GETEVENTS if wait else 0
+        while self._to_submit or wait:
+            try:
+                taken = _syscall(
+                    uapi.SYS_IO_URING_ENTER, self.fd, self._to_submit, wait, flags, 0, 0
+                )
+            except InterruptedError:
+                continue
+            self._to_submit -= taken
+            wait = 0
+
+    def reap(self) -> Iterator[tuple[int, int]]:
+        """Yield (user_data, res) of the completions that are there; never sleeps."""
+        head = self._words[self._cq_head]
+        while head != self._words[self._cq_tail]:
+            at = self._cqes + (head & self._cq_mask) * uapi.io_uring_cqe.size
+            cqe = uapi.io_uring_cqe.unpack(self._rings[at : at + uapi.io_uring_cqe.size])
+            head = head + 1 & 0xFFFFFFFF
+            self._words[self._cq_head] = head
+            yield cqe["user_data"], cqe["res"]
+
+    def limit_workers(self, bounded: int) -> None:
+        """Allow this thread's commands so many sleeping io-wq workers.
+
+        Without it the bound is min(entries of the thread's first ring, 4 x CPUs) and one command
+        too many that sleeps keeps the next from starting (io_uring/tctx.c, io_init_wq_offload).
+        """
+        counts = Buffer(bounded.to_bytes(4, "little") + bytes(4))
+        register = uapi.IORING_REGISTER_IOWQ_MAX_WORKERS
+        _syscall(uapi.SYS_IO_URING_REGISTER, self.fd, register, counts.address, 2)
+
+    def close(self) -> None:
+        """Give the ring back; commands that are still under way are cancelled by the kernel."""
+        self._words.release()
+        self._rings.close()
+        self._sqes.close()
+        os.close(self.fd)
+
+
+class Operation:
+    """A command on its way: ``done`` becomes its result, ``buffer`` lives until then."""
+
+    def __init__(self, user_data: int, buffer: Buffer | None, done: asyncio.Future[int]) -> None:
+        self.user_data = user_data
+        self.buffer = buffer
+        self.done = done
+
+
+class AsyncRing:
+    """The ring under asyncio: awaitable commands, batched submission, bounded in flight."""
+
+    def __init__(self, entries: int = 64) -> None:
+        """Set up a ring that the running loop watches."""
+        self._ring = Ring(entries)
+        self._loop = asyncio.get_running_loop()
+        # One more slot than operations, so that a cancellation always finds room.
+        self._slots = asyncio.Semaphore(self._ring.entries - 1)
+        self._pending: dict[int, Operation] = {}
+        self._next = 1
+        self._flushing = False
+        self._closed = False
+        self._loop.add_reader(self._ring.fd, self._complete)
+
+    @property
+    def in_flight(self) -> int:
+        """How many commands the kernel has not completed, given up on or not."""
+        return len(self._pending)
+
+    async def start(self, *, buffer: Buffer | None = None, **sqe: int | bytes) -> Operation:
+        """Submit one SQE (fields of io_uring_sqe but user_data), together with its neighbours.
+
+        Waits for a free slot: a slot is free when the kernel is done with it, and not before.
+        """
+        await self._slots.acquire()
+        if self._closed:
+            self._slots.release()
+            raise OSError(errno.EBADF, "the ring is closed")
+        operation = Operation(self._next, buffer, self._loop.create_future())
+        self._next += 1
+        self._pending[operation.user_data] = operation
+        self._push(uapi.io_uring_sqe.pack(user_data=operation.user_data, **sqe))
+        return operation
+
+    def cancel(self, operation: Operation) -> None:
+        """Ask the kernel to interrupt it; its ``done`` says what came of that (mostly -EINTR)."""
+        if not operation.done.done() and not self._closed:
+            self._push(
+                # user_data 0 is nobody's: the answer to the cancellation itself is not needed.
+                uapi.io_uring_sqe.pack(
+                    opcode=uapi.IORING_OP_ASYNC_CANCEL, fd=-1, addr=operation.user_data
+                )
+            )
+
+    def limit_workers(self, bounded: int) -> None:
+        """As Ring.limit_workers()."""
+        self._ring.limit_workers(bounded)
+
+    def close(self) -> None:
+        """Stop at once; commands under way end with OSError, their buffers are kept for ever."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._ring.fd)
+        self._complete()
+        for operation in self._pending.values():
+            if operation.buffer is not None:
+                _orphaned_buffers.append(operation.buffer)
+            if not operation.done.done():
+                operation.done.set_exception(OSError(errno.ECANCELED, "the ring was closed"))
+                operation.done.exception()  # nobody has to be waiting for it
+        self._ring.close()
+
+    def _push(self, sqe: bytes) -> None:
+        try:
+            self._ring.push(sqe)
+        except OSError:  # full of cancellations that were not submitted yet
+            self._ring.submit()
+            self._ring.push(sqe)
+        if not self._flushing:
+            self._flushing = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        if not self._closed:
+            self._ring.submit()
+            self._complete()  # what completed inline costs no turn of the loop
+
+    def _complete(self) -> None:
+        for user_data, result in self._ring.reap():
+            operation = self._pending.pop(user_data, None)
+            if operation is None:
+                continue
+            self._slots.release()
+            if not operation.done.done():  # its waiter may have been cancelled
+                operation.done.set_result(result)
