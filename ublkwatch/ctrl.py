@@ -16,9 +16,10 @@ import os
 from pathlib import Path
 
 from ublkwatch import uapi
+from ublkwatch.async_ring import AsyncRing, Operation
 from ublkwatch.model import DevInfo
 from ublkwatch.uapi import Cmd, DevFlags, DevState
-from ublkwatch.uring import AsyncRing, Buffer, Operation
+from ublkwatch.uring import Buffer
 
 CONTROL = Path("/dev/ublk-control")
 

@@ -20,8 +20,8 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from ublkwatch.async_ring import AsyncRing
 from ublkwatch.ctrl import CtrlError, UblkCtrl
-from ublkwatch.uring import AsyncRing
 
 _GRACE_S = (
     1.0  # the worker keeps the deadline itself; the daemon waits this much longer for its word

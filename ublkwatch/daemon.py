@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from ublkwatch import discover, log, server, status
+from ublkwatch.async_ring import AsyncRing
 from ublkwatch.config import Config
 from ublkwatch.ctrl import CtrlError, UblkCtrl
 from ublkwatch.ctrl_worker import Workers
@@ -21,10 +22,10 @@ from ublkwatch.events import Transition
 from ublkwatch.launch import Launcher, start_worker
 from ublkwatch.metrics import Metrics, Page
 from ublkwatch.model import Generation, Phase, Policy, ServerId
-from ublkwatch.monitor import Edges, Monitor
+from ublkwatch.monitor import Monitor
+from ublkwatch.perform import Edges
 from ublkwatch.store import Store
 from ublkwatch.uapi import DevFlags
-from ublkwatch.uring import AsyncRing
 
 _log = logging.getLogger("ublkwatch")
 

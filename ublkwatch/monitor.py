@@ -10,119 +10,29 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import json
 import logging
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
 
 from ublkwatch import recovery
 from ublkwatch.attempt import ATTEMPTING
 from ublkwatch.events import (
-    AttemptOver,
-    Cancel,
-    Effect,
-    EndAttempt,
-    EndReplied,
     Event,
     InfoMissing,
     InfoRead,
-    Kill,
-    ReadInfo,
     Ready,
     Resumed,
-    SendEnd,
-    SendStart,
     ServerExited,
-    Spawn,
-    Spawned,
-    SpawnFailed,
-    StartReplied,
     Transition,
-    Watch,
     Woken,
-    WriteLine,
 )
-from ublkwatch.model import (
-    DevInfo,
-    Phase,
-    Policy,
-    QueueConfig,
-    Reason,
-    Record,
-    ServerId,
-    Spec,
-)
+from ublkwatch.model import DevInfo, Phase, Policy, Reason, Record, ServerId, Spec
+from ublkwatch.perform import Edges, Performer, tag_of
 from ublkwatch.uapi import DevState
 
 _log = logging.getLogger("ublkwatch")
 
-_PARAMS_TIMEOUT_S = 10.0
-_COMMAND_S = 10.0  # what one control command may take beyond the retries and waits that it has
 _SAVE_RETRY_S = 1.0
 _HOUSEKEEPING_S = 5.0
-
-
-class Ctrl(Protocol):
-    """ctrl.UblkCtrl, as far as it never sleeps on a device."""
-
-    async def get_dev_info(self, dev_id: int) -> DevInfo: ...
-
-
-class Workers(Protocol):
-    """ctrl_worker.Workers."""
-
-    async def call(
-        self, command: str, dev_id: int, key: str, *, timeout_s: float, **arguments: float
-    ) -> dict[str, Any]: ...
-    def cancel(self, key: str) -> None: ...
-
-
-class Servers(Protocol):
-    """server.Servers."""
-
-    def identify(self, pid: int) -> ServerId | None: ...
-    def watch(self, server: ServerId) -> None: ...
-    def kill(self, server: ServerId) -> None: ...
-    def tagged(self, tag: str) -> list[ServerId]: ...
-    async def end_tagged(self, tag: str) -> None: ...
-
-
-class Launcher(Protocol):
-    """launch.Launcher."""
-
-    async def start(self, tag: str, command: tuple[str, ...]) -> int: ...
-    def listen(self, tag: str) -> None: ...
-    def write_line(self, tag: str, line: str) -> None: ...
-    def how_ended(self, pid: int) -> str: ...
-    def last_words(self, tag: str) -> str: ...
-    def keep_only(self, tags: set[str]) -> None: ...
-    def trim(self) -> None: ...
-
-
-class Store(Protocol):
-    """store.Store."""
-
-    def save_record(self, record: Record) -> None: ...
-    def drop_record(self, dev_id: int) -> None: ...
-    def save_spec(self, spec: Spec) -> None: ...
-
-
-@dataclass
-class Edges:
-    """The world, as the monitor reaches it."""
-
-    ctrl: Ctrl
-    workers: Workers
-    servers: Servers
-    launcher: Launcher
-    store: Store
-    dev_ids: Callable[[], set[int]]
-    instance: Callable[[int], str | None]
-    holds: Callable[[int, str], bool]
-    publish: Callable[[Transition], None]
-    clock: Callable[[], float]
-    wall: Callable[[], float]
 
 
 class Monitor:
@@ -136,7 +46,7 @@ class Monitor:
         records: dict[int, Record],
         specs: dict[int, Spec],
     ) -> None:
-        """``records`` and ``specs`` are from a former life; ``policy`` is every device's base."""
+        """Begin with what a former life left; ``policy`` is every device's base."""
         self._edges = edges
         self._policy = policy
         self._commands = commands
@@ -145,7 +55,7 @@ class Monitor:
         self._records: dict[int, Record] = {}
         self._inbox: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._timers: dict[int, asyncio.TimerHandle] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._performer = Performer(edges, policy, commands, specs, self)
         self._look = asyncio.Event()
         self.polls = 0
 
@@ -173,15 +83,15 @@ class Monitor:
         how = self._edges.launcher.how_ended(server.pid)
         for record in self.records():
             if server in (record.server, record.candidate):
-                words = self._edges.launcher.last_words(_tag(record))
+                words = self._edges.launcher.last_words(tag_of(record))
                 said = f"{how}: {words}" if words and server == record.candidate else how
-                self._post(record.dev_id, ServerExited(server, said))
+                self.post(record.dev_id, ServerExited(server, said))
 
     def ready(self, tag: str) -> None:
         """Take the news that an attempt's server waits for its line."""
         for record in self.records():
-            if _tag(record) == tag:
-                self._post(record.dev_id, Ready(record.seq))
+            if tag_of(record) == tag:
+                self.post(record.dev_id, Ready(record.seq))
 
     # --- the loop --------------------------------------------------------------------------------
 
@@ -196,10 +106,9 @@ class Monitor:
             poll.cancel()
             for timer in self._timers.values():
                 timer.cancel()
-            for task in self._tasks:
-                task.cancel()
+            self._performer.close()
 
-    def _post(self, dev_id: int, event: Event) -> None:
+    def post(self, dev_id: int, event: Event) -> None:
         self._inbox.put_nowait((dev_id, event))
 
     def _take(self, dev_id: int, event: Event) -> None:
@@ -210,9 +119,9 @@ class Monitor:
         now = self._edges.clock()
         try:
             after, effects = recovery.step(before, event, now, self.policy(dev_id))
-        except Exception:
-            _log.exception("ublk %d: %r in phase %s", dev_id, event, before.phase.value)
-            after, effects = _quarantined(before, now), ()
+        except Exception as error:  # noqa: BLE001 - a bug in it harms this device only
+            self.quarantine(dev_id, error)
+            return
         if not self._commit(before, after, dev_id, event):
             return
         self._records[dev_id] = after
@@ -221,12 +130,12 @@ class Monitor:
         else:
             self._arm(after)
             for effect in effects:
-                self._perform(after, effect)
+                self._performer.perform(after, effect)
         if (before.phase, before.reason, before.seq) != (after.phase, after.reason, after.seq):
             name = type(event).__name__
             self._edges.publish(Transition(self._edges.wall(), now, before, after, name, effects))
         if after.phase is Phase.WATCHING and before.phase is not Phase.WATCHING:
-            self._spawn(dev_id, self._learn_early(after))
+            self._performer.spawn(dev_id, self._performer.learn_early(after))
 
     def _commit(self, before: Record, after: Record, dev_id: int, event: Event) -> bool:
         if _lasting(before) == _lasting(after) or after.phase is Phase.GONE:
@@ -237,9 +146,26 @@ class Monitor:
             _log.error("ublk %d: record not saved (%s); nothing was done, trying again in %g s",
                        dev_id, error, _SAVE_RETRY_S)  # fmt: skip
             loop = asyncio.get_running_loop()
-            loop.call_later(_SAVE_RETRY_S, self._post, dev_id, event)
+            loop.call_later(_SAVE_RETRY_S, self.post, dev_id, event)
             return False
         return True
+
+    def quarantine(self, dev_id: int, error: BaseException) -> None:
+        """Keep the hands off a device over which our own code failed; the others live on."""
+        _log.error("ublk %d: a bug in ublkwatch: %r", dev_id, error, exc_info=error)
+        before, now = self._records.get(dev_id), self._edges.clock()
+        if before is not None and before.reason is not Reason.INTERNAL_ERROR:
+            after = replace(
+                before,
+                phase=Phase.FAILED,
+                reason=Reason.INTERNAL_ERROR,
+                detail=repr(error),
+                since=now,
+                wake=None,
+            )
+            self._records[dev_id] = after
+            self._arm(after)
+            self._edges.publish(Transition(self._edges.wall(), now, before, after, "Bug"))
 
     def _forget(self, dev_id: int) -> None:
         del self._records[dev_id]
@@ -253,7 +179,7 @@ class Monitor:
         if record.wake is not None:
             delay = max(0.0, record.wake - self._edges.clock())
             self._timers[record.dev_id] = asyncio.get_running_loop().call_later(
-                delay, self._post, record.dev_id, Woken()
+                delay, self.post, record.dev_id, Woken()
             )
 
     # --- looking ---------------------------------------------------------------------------------
@@ -263,10 +189,10 @@ class Monitor:
         while True:
             self._look.clear()
             ids = self._edges.dev_ids() | self._records.keys() | self._former.keys()
-            await asyncio.gather(*(self._read(dev_id) for dev_id in ids))
+            await asyncio.gather(*(self.read(dev_id) for dev_id in ids))
             self.polls += 1
             if self._edges.clock() >= housekeeping:
-                self._edges.launcher.keep_only({_tag(record) for record in self.records()})
+                self._edges.launcher.keep_only({tag_of(record) for record in self.records()})
                 self._edges.launcher.trim()
                 housekeeping = self._edges.clock() + _HOUSEKEEPING_S
             try:
@@ -275,14 +201,14 @@ class Monitor:
             except TimeoutError:
                 pass
 
-    async def _read(self, dev_id: int) -> None:
+    async def read(self, dev_id: int) -> None:
         """GET_DEV_INFO, and what we make of a device that is new to us."""
         try:
             info = await self._edges.ctrl.get_dev_info(dev_id)
         except OSError as error:
             if error.errno == errno.ENODEV:
                 self._abandon_former(dev_id)
-                self._post(dev_id, InfoMissing())
+                self.post(dev_id, InfoMissing())
             else:
                 _log.warning("ublk %d: %s", dev_id, error)
             return
@@ -296,7 +222,7 @@ class Monitor:
                 return  # added and not started yet, or stopped: no disk, nothing to keep alive
             record = await self._meet(dev_id, instance)
         server = self._identify(info, record)
-        self._post(dev_id, InfoRead(info, instance or record.instance, server))
+        self.post(dev_id, InfoRead(info, instance or record.instance, server))
 
     async def _meet(self, dev_id: int, instance: str) -> Record:
         former = self._former.get(dev_id)
@@ -306,12 +232,12 @@ class Monitor:
             self._records[dev_id] = record
             return record
         del self._former[dev_id]
-        tag = _tag(former)
+        tag = tag_of(former)
         found = await asyncio.to_thread(self._edges.servers.tagged, tag)
         candidates = [server for server in found if server != former.server]
         self._edges.launcher.listen(tag)
         self._records[dev_id] = former
-        self._post(dev_id, Resumed(candidates[0] if candidates else None))
+        self.post(dev_id, Resumed(candidates[0] if candidates else None))
         return former
 
     def _abandon_former(self, dev_id: int) -> None:
@@ -320,7 +246,7 @@ class Monitor:
         if former is not None:
             self._edges.store.drop_record(dev_id)
             if former.phase in ATTEMPTING:
-                self._spawn(dev_id, self._edges.servers.end_tagged(_tag(former)))
+                self._performer.spawn(dev_id, self._edges.servers.end_tagged(tag_of(former)))
 
     def _identify(self, info: DevInfo, record: Record) -> ServerId | None:
         """Return the process that ublksrv_pid names, if it lives and really is the server.
@@ -336,151 +262,7 @@ class Monitor:
             return server
         return None
 
-    # --- doing -----------------------------------------------------------------------------------
-
-    def _perform(self, record: Record, effect: Effect) -> None:
-        dev_id, tag, edges = record.dev_id, _tag(record), self._edges
-        match effect:
-            case ReadInfo():
-                self._spawn(dev_id, self._read(dev_id))
-            case Watch():
-                edges.servers.watch(effect.server)
-            case Kill():
-                edges.servers.kill(effect.server)
-            case Spawn():
-                self._spawn(dev_id, self._start_server(record))
-            case SendStart():
-                self._spawn(dev_id, self._send_start(record))
-            case WriteLine():
-                self._write_line(record)
-            case SendEnd():
-                self._spawn(dev_id, self._send_end(record, effect.pid))
-            case Cancel():
-                edges.workers.cancel(tag)
-            case EndAttempt():
-                self._spawn(dev_id, self._end_attempt(record))
-
-    def _spawn(self, dev_id: int, work: Coroutine[Any, Any, None]) -> None:
-        """Run work as a task of its own; a bug in it harms this device only."""
-        task = asyncio.get_running_loop().create_task(work, name=f"ublk {dev_id}")
-        self._tasks.add(task)
-        task.add_done_callback(lambda done: self._ended(dev_id, done))
-
-    def _ended(self, dev_id: int, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            _log.error("ublk %d: %r", dev_id, error, exc_info=error)
-            if (record := self._records.get(dev_id)) is not None:
-                now = self._edges.clock()
-                self._records[dev_id] = after = _quarantined(record, now)
-                self._edges.publish(Transition(self._edges.wall(), now, record, after, "Bug"))
-
-    async def _start_server(self, record: Record) -> None:
-        dev_id, seq = record.dev_id, record.seq
-        try:
-            await self._learn(record)
-            pid = await self._edges.launcher.start(_tag(record), self._commands[dev_id])
-        except OSError as error:
-            self._post(dev_id, SpawnFailed(seq, str(error)))
-            return
-        server = self._edges.servers.identify(pid)
-        if server is None:
-            how, words = (
-                self._edges.launcher.how_ended(pid),
-                self._edges.launcher.last_words(_tag(record)),
-            )
-            self._post(dev_id, SpawnFailed(seq, f"{how}: {words}" if words else how))
-        else:
-            self._post(dev_id, Spawned(seq, server))
-
-    async def _learn_early(self, record: Record) -> None:
-        try:
-            await self._learn(record)
-        except OSError as error:
-            _log.warning("%s; tried again when its server is lost", error)
-
-    async def _learn(self, record: Record) -> None:
-        """Read and keep the queue config, once in the life of a device."""
-        spec, info = self._specs.get(record.dev_id), record.info
-        command = self._commands.get(record.dev_id)
-        if info is None or command is None or (spec and spec.instance == record.instance):
-            return
-        answer = await self._edges.workers.call(
-            "GET_PARAMS", record.dev_id, f"params {record.dev_id}", timeout_s=_PARAMS_TIMEOUT_S
-        )
-        queue = QueueConfig(
-            nr_hw_queues=info.nr_hw_queues,
-            queue_depth=info.queue_depth,
-            max_io_buf_bytes=info.max_io_buf_bytes,
-            flags=int(info.flags),
-            params=answer["params"],
-        )
-        spec = Spec(record.dev_id, record.instance, queue, command)
-        self._specs[record.dev_id] = spec
-        try:
-            await asyncio.to_thread(self._edges.store.save_spec, spec)
-        except OSError as error:
-            _log.warning("ublk %d: spec not saved: %s", record.dev_id, error)
-
-    async def _send_start(self, record: Record) -> None:
-        busy_s = self._policy.start_timeout_s
-        error = await self._call(
-            "START_USER_RECOVERY", record, timeout_s=busy_s + _COMMAND_S, busy_s=busy_s
-        )
-        self._post(record.dev_id, StartReplied(record.seq, error))
-
-    async def _send_end(self, record: Record, pid: int) -> None:
-        timeout_s = self._policy.attach_timeout_s + _COMMAND_S
-        error = await self._call("END_USER_RECOVERY", record, timeout_s=timeout_s, pid=pid)
-        self._post(record.dev_id, EndReplied(record.seq, error))
-
-    async def _call(
-        self, command: str, record: Record, *, timeout_s: float, **arguments: float
-    ) -> int:
-        try:
-            await self._edges.workers.call(
-                command, record.dev_id, _tag(record), timeout_s=timeout_s, **arguments
-            )
-        except OSError as error:
-            return error.errno or errno.EIO
-        return 0
-
-    def _write_line(self, record: Record) -> None:
-        """Write the go. Where it cannot be written nobody attaches, and the deadline sees that."""
-        queue = self._specs[record.dev_id].queue
-        line = {
-            "dev_id": record.dev_id,
-            "char_device": f"/dev/ublkc{record.dev_id}",
-            "queues": queue.nr_hw_queues,
-            "depth": queue.queue_depth,
-            "max_io_buf_bytes": queue.max_io_buf_bytes,
-            "flags": queue.flags,
-            "params": queue.params,
-            "attempt": record.attempts,
-        }
-        try:
-            self._edges.launcher.write_line(_tag(record), json.dumps(line))
-        except OSError as error:
-            _log.error("ublk %d: line of attempt %d: %s", record.dev_id, record.seq, error)
-
-    async def _end_attempt(self, record: Record) -> None:
-        try:
-            async with asyncio.timeout(self._policy.stop_timeout_s):
-                await self._edges.servers.end_tagged(_tag(record))
-        except TimeoutError:
-            return  # the machine's own deadline speaks of it
-        self._post(record.dev_id, AttemptOver(record.seq))
-
-
-def _tag(record: Record) -> str:
-    """Name an attempt so that no other of this boot is called the same."""
-    return f"{record.dev_id}-{record.instance.rpartition('/')[2]}-{record.seq}"
-
 
 def _lasting(record: Record) -> Record:
     """Return what of a record is worth a commit: not what the next read or timer tells anew."""
     return replace(record, info=None, agreed=0, wake=None)
-
-
-def _quarantined(record: Record, now: float) -> Record:
-    return replace(record, phase=Phase.FAILED, reason=Reason.INTERNAL_ERROR, since=now, wake=None)
