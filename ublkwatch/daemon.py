@@ -98,8 +98,9 @@ class Daemon:
         try:
             await workers.prepare()
             port = await self._serve_metrics(page)
-            _log.info("watching; driver features 0x%x, rules %s%s", features or 0,
-                      Generation.of(features).name, f", metrics on port {port}" if port else "")  # fmt: skip
+            rules = Generation.of(features).name
+            where = f", metrics on port {port}" if port else ""
+            _log.info("watching; driver features 0x%x, rules %s%s", features or 0, rules, where)
             await self._run_tasks(stop)
         finally:
             page.close()

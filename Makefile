@@ -1,0 +1,31 @@
+# The only entry points. On a fresh Debian machine, as root: apt-get install --yes make; make demo
+PYTHON := .venv/bin/python
+# The kernels' lab, or this very machine where it has the driver.
+LAB := $(PYTHON) lab/lab.py run $(if $(wildcard /dev/ublk-control),--host,--kernel lts --cpus 2)
+
+.PHONY: help demo test lint setup clean
+
+help:
+	@echo 'make demo   watch fio run through ten killed servers, on a real kernel'
+	@echo 'make test   lint, types and all tests, on two real kernels'
+	@echo 'make lint   format, lint and types only'
+
+demo: setup
+	@$(LAB) --timeout 170 -- $(PYTHON) -m ublkwatch.demo
+
+test: setup
+	@$(PYTHON) -m tests
+
+lint: .venv/.ready
+	@$(PYTHON) -m tests lint
+
+# Everything that the two above need: Python with its packages, kernels, QEMU, fio, a C compiler.
+setup: .venv/.ready
+	@$(PYTHON) lab/lab.py setup
+
+.venv/.ready: pyproject.toml
+	@sh lab/python.sh
+	@touch $@
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,146 @@
+"""The lab's promises, each against a guest that really boots; run on the host."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+LAB = Path(__file__).with_name("lab.py")
+PATIENCE = 120.0
+
+Result = subprocess.CompletedProcess[bytes]
+
+
+def lab(
+    *arguments: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> Result:
+    """Run lab.py and return what it gave."""
+    return subprocess.run(
+        [sys.executable, LAB, *arguments],
+        cwd=cwd,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def lab_is_set_up() -> None:
+    """Have both kernels here; at once when they are."""
+    done = subprocess.run([sys.executable, LAB, "setup"], check=False, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_arguments_output_and_status_pass_unharmed() -> None:
+    every_byte = os.fsdecode(bytes(range(1, 256)))
+    odd = ["", " two  spaces ", 'it\'s "quoted"', "line\nbreak", "$HOME `id` \\ *", "naïve ✓"]
+    script = r"""printf '%s\0' "$@"; printf '\000\r\n\377'; printf 'err\r\n' >/dev/stderr; exit 7"""
+    done = lab("run", "--", "/bin/sh", "-c", script, "sh", *odd, every_byte)
+    expected = b"".join(os.fsencode(text) + b"\0" for text in (*odd, every_byte))
+    assert done.stdout == expected + b"\0\r\n\xff"
+    said, _, passed = done.stderr.partition(b"cpus)\n")
+    assert said.startswith(b"lab: booting ")
+    assert passed == b"err\r\n"
+    assert done.returncode == 7
+
+
+def test_much_output_arrives_whole_even_from_what_the_command_left_behind() -> None:
+    script = "seq 1 300000; seq 1 50000 >&2; sleep 1000 & exit 0"
+    done = lab("run", "--", "/bin/sh", "-c", script)
+    assert done.returncode == 0
+    assert done.stdout == b"".join(b"%d\n" % number for number in range(1, 300001))
+    assert done.stderr.endswith(b"".join(b"%d\n" % number for number in range(1, 50001)))
+
+
+@pytest.mark.parametrize("kernel", ["lts", "new"])
+def test_every_kernel_has_the_driver_and_the_asked_cpus(kernel: str) -> None:
+    script = (
+        "nproc; modprobe ublk_drv && test -c /dev/ublk-control && echo there;"
+        "modprobe -r ublk_drv && test ! -e /dev/ublk-control && echo gone;"
+        "modprobe -a loop ext4 xfs null_blk brd && test -b /dev/ram0 && echo others"
+    )
+    done = lab("run", "--kernel", kernel, "--cpus", "4", "--", "/bin/sh", "-c", script)
+    assert done.stdout.split() == [b"4", b"there", b"gone", b"others"], done.stderr.decode()
+    assert done.returncode == 0
+
+
+def test_a_guest_writes_what_it_was_given_and_nothing_else(tmp_path: Path) -> None:
+    given, kept = tmp_path / "given it's", tmp_path / "kept"
+    given.mkdir()
+    kept.mkdir()
+    (kept / "old").write_text("old")
+    # The command's death by a signal is told as a shell tells it.
+    script = (
+        'echo new >old && echo new >"$GIVEN/new" && cp old "$GIVEN/copy" && rm -f /etc/passwd &&'
+        "echo leak >/lab-leak && cat /lab-leak && pwd && kill -KILL $$"
+    )
+    arguments = ("run", "--rw", str(given), "--", "/bin/sh", "-c", script)
+    done = lab(*arguments, cwd=kept, environment={"GIVEN": str(given)})
+    assert done.stdout.decode().split() == ["leak", str(kept)], done.stderr.decode()
+    assert done.returncode == 128 + signal.SIGKILL
+    assert (given / "new").read_text() == (given / "copy").read_text() == "new\n"
+    assert (kept / "old").read_text() == "old"
+    assert Path("/etc/passwd").is_file()
+    assert not Path("/lab-leak").exists()
+
+
+def test_a_command_that_takes_too_long_is_killed() -> None:
+    done = lab("run", "--timeout", "1.5", "--", "/bin/sh", "-c", "echo up; sleep 1000")
+    assert done.returncode == 124
+    assert done.stdout == b"up\n"
+    assert b"still running after 1.5 s" in done.stderr
+
+
+def test_a_panic_under_the_command_is_told_and_not_retried(tmp_path: Path) -> None:
+    console = tmp_path / "console"
+    crash = "echo up; sleep 0.2; echo c >/proc/sysrq-trigger; sleep 1000"
+    done = lab("run", "--console", str(console), "--", "/bin/sh", "-c", crash)
+    assert done.returncode == 125
+    assert done.stdout == b"up\n"
+    assert done.stderr.count(b"lab: booting") == 1
+    assert b"Kernel panic" in done.stderr
+    assert b"Kernel panic" in console.read_bytes()
+
+
+def test_a_guest_that_never_starts_the_command_is_booted_three_times() -> None:
+    done = lab("run", "--memory", "none", "--", "/bin/true")
+    assert done.returncode == 125
+    assert done.stderr.count(b"lab: booting") == 3
+
+
+def test_qemu_does_not_outlive_the_script() -> None:
+    command = [sys.executable, str(LAB), "run", "--", "/bin/sh", "-c", "echo up; sleep 1000"]
+    script = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert script.stdout is not None
+    with script, script.stdout:
+        assert script.stdout.readline() == b"up\n"
+        children = Path(f"/proc/{script.pid}/task/{script.pid}/children").read_text().split()
+        assert len(children) == 1
+        qemu = os.pidfd_open(int(children[0]))
+        try:
+            script.kill()
+            assert select.select([qemu], [], [], PATIENCE)[0]
+        finally:
+            os.close(qemu)
+
+
+def test_what_is_missing_is_named_with_the_command_that_brings_it(tmp_path: Path) -> None:
+    done = lab("run", "--", "/bin/true", environment={"UBLKWATCH_LAB_CACHE": str(tmp_path)})
+    assert done.returncode == 125
+    assert b"lab.py setup --kernel lts" in done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.skipif(Path("/dev/ublk-control").exists(), reason="this host has the driver")
+def test_a_host_without_the_driver_says_so() -> None:
+    done = lab("run", "--host", "--", "/bin/true")
+    assert done.returncode == 125
+    assert b"modprobe ublk_drv" in done.stderr
