@@ -89,6 +89,7 @@ class AsyncRing:
                 operation.done.set_exception(OSError(errno.ECANCELED, "the ring was closed"))
                 operation.done.exception()  # nobody has to be waiting for it
         self._ring.close()
+        self._slots.release()  # who waits for a slot finds us closed, and passes it on
 
     def _push(self, sqe: bytes) -> None:
         try:

@@ -174,8 +174,6 @@ def fail(record: Record, reason: Reason, detail: str, now: float) -> Step:
 
 def leave(record: Record, then: Phase, now: float, reason: Reason | None = None) -> Step:
     """End whatever is under way without counting it, and go to ``then``."""
-    if record.phase is Phase.GONE:
-        return record, ()
     if record.phase in ATTEMPTING:
         return _stop(replace(record, reason=reason), then, now)
     return arrive(replace(record, reason=reason), then, now)

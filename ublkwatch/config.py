@@ -90,7 +90,7 @@ def parse(content: bytes, name: str) -> Config:
     """Check a configuration's text; ``name`` is what its errors call it."""
     try:
         document = tomllib.loads(content.decode())
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except ValueError as error:  # not UTF-8, not TOML, or a number longer than Python reads
         raise ConfigError(f"{name}: not TOML: {error}") from error
     tables = {"metrics": dict, "recovery": dict, "device": list}
     for key, kind in tables.items():
@@ -144,13 +144,12 @@ def _value(table: dict[str, Any], key: str, declared: Key, where: str) -> Any:
     value = table.get(key, declared.default)
     if value is None:
         raise ConfigError(f"{where}: is missing; {declared.help}")
-    if declared.type is float and type(value) is int:
-        value = float(value)
-    if type(value) is not declared.type:
+    whole = declared.type is float and type(value) is int
+    if type(value) is not declared.type and not whole:
         raise ConfigError(f"{where}: must be a {declared.type.__name__}, not {value!r}")
     if isinstance(value, int | float) and not declared.low <= value <= declared.high:
         raise ConfigError(f"{where}: {value} is not between {declared.low:g} and {declared.high:g}")
-    return value
+    return float(value) if whole else value
 
 
 def _absolute(value: str, name: str, key: str) -> Path:
@@ -161,7 +160,9 @@ def _absolute(value: str, name: str, key: str) -> Path:
 
 def _read_trusted(path: Path) -> bytes:
     """Read a file that root alone can have written: judged on the open descriptor."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_CLOEXEC)) as file:
+    # O_NONBLOCK: a FIFO is refused below, and not waited for here.
+    extra = os.O_CLOEXEC | os.O_NONBLOCK
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | extra)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{path}: must be a regular file")

@@ -38,12 +38,14 @@ class Workers:
         """``start`` starts a worker process and returns our end of its line."""
         self._start = start
         self._current: _Line | None = None
+        self._starting = asyncio.Lock()  # two calls at a time start one worker, not two
         self.retired = 0  # how many, ever
 
     async def prepare(self) -> None:
         """Have a worker ready before it is needed."""
-        if self._current is None or self._current.closed:
-            self._current = await _Line.open(self._start())
+        async with self._starting:
+            if self._current is None or self._current.closed:
+                self._current = await _Line.open(self._start())
 
     async def call(
         self, command: str, dev_id: int, key: str, *, timeout_s: float, **arguments: float

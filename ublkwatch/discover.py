@@ -47,7 +47,11 @@ async def follow_uevents(look: Callable[[], None]) -> None:
         while True:
             async for message in socket.get():
                 number = int(message.get("SEQNUM", 0))
-                lost = last is not None and number > last + 1
-                last = number
-                if lost or "ublk" in str(message.get("DEVPATH", "")):
+                if asks_for_look(str(message.get("DEVPATH", "")), number, last):
                     look()
+                last = number
+
+
+def asks_for_look(path: str, number: int, last: int | None) -> bool:
+    """Tell whether a uevent speaks of ublk, or shows that some before it were lost."""
+    return "ublk" in path or (last is not None and number > last + 1)

@@ -99,8 +99,9 @@ class Launcher:
         for output in self._attempts.glob("*/output"):
             with contextlib.suppress(OSError):
                 if output.stat().st_size > _OUTPUT_MAX:
-                    kept = output.read_bytes()[-_OUTPUT_KEPT:]
-                    output.with_name("output.old").write_bytes(kept)
+                    with output.open("rb") as file:  # it may be far larger than our memory
+                        file.seek(-_OUTPUT_KEPT, os.SEEK_END)
+                        output.with_name("output.old").write_bytes(file.read(_OUTPUT_KEPT))
                     os.truncate(output, 0)
 
     def keep_only(self, tags: set[str]) -> None:

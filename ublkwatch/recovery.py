@@ -61,6 +61,8 @@ from ublkwatch.uapi import DevState
 
 def step(record: Record, event: Event, now: float, policy: Policy) -> Step:
     """Take one fact."""
+    if record.phase is Phase.GONE:
+        return record, ()
     match event:
         case InfoMissing():
             return attempt.leave(record, Phase.GONE, now)

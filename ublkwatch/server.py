@@ -74,10 +74,11 @@ class Servers:
         """Find the processes of an attempt by the tag in their environment; slow, for a thread."""
         found = []
         for process in psutil.process_iter():
+            # Identified first: should the pid be reused in between, kill() finds nobody.
+            server = self.identify(process.pid)
             with contextlib.suppress(psutil.Error, OSError):
-                if process.environ().get(TAG_VARIABLE) == tag:
-                    server = self.identify(process.pid)
-                    found += [server] if server else []
+                if server and process.environ().get(TAG_VARIABLE) == tag:
+                    found.append(server)
         return found
 
     async def end_tagged(self, tag: str) -> None:

@@ -123,7 +123,7 @@ class Store:
             try:
                 content = json.loads(path.read_text())
                 yield decode(content, content.pop("version"))
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 aside = path.with_suffix(".bad")
                 path.replace(aside)
                 _log.error("%s cannot be understood (%r); set aside as %s", path, error, aside)

@@ -1,6 +1,6 @@
 """The kernel's binary interface: numbers and layouts, spelled as in the headers.
 
-Sources: ``include/uapi/linux/ublk_cmd.h`` and ``include/uapi/linux/io_uring.h`` (Linux 7.2). Tests
+Sources: ``include/uapi/linux/ublk_cmd.h`` and ``include/uapi/linux/io_uring.h`` (Linux 7.3). Tests
 hold every number here against those headers by compiling a probe. Nothing in this module acts.
 """
 
@@ -52,8 +52,8 @@ ublksrv_ctrl_cmd = Layout(
 )
 ublksrv_ctrl_dev_info = Layout(
     "ublksrv_ctrl_dev_info",
-    "nr_hw_queues:H queue_depth:H state:H pad0:H max_io_buf_bytes:I dev_id:I ublksrv_pid:i pad1:I "
-    "flags:Q ublksrv_flags:Q owner_uid:I owner_gid:I reserved1:Q reserved2:Q",
+    "nr_hw_queues:H queue_depth:H state:H io_desc_size:H max_io_buf_bytes:I dev_id:I "
+    "ublksrv_pid:i pad1:I flags:Q ublksrv_flags:Q owner_uid:I owner_gid:I reserved1:Q reserved2:Q",
 )
 ublksrv_io_desc = Layout("ublksrv_io_desc", "op_flags:I nr_sectors:I start_sector:Q addr:Q")
 ublksrv_io_cmd = Layout("ublksrv_io_cmd", "q_id:H tag:H result:i addr:Q")
@@ -202,6 +202,7 @@ class DevFlags(IntFlag):
     SAFE_STOP_DEV = 1 << 17
     NO_AUTO_PART_SCAN = 1 << 18
     SHMEM_ZC = 1 << 19
+    IO_DESC_SIZE = 1 << 20
 
 
 # --- I/O commands (/dev/ublkcN), for servers -----------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -32,16 +31,13 @@ def _fork_away(_fd: int) -> None:
 
 
 def _leak(fd: int) -> None:
-    null = subprocess.DEVNULL
-    child = subprocess.Popen(
-        ["sleep", "infinity"],
-        pass_fds=[fd],
-        stdin=null,
-        stdout=null,
-        stderr=null,
-        start_new_session=True,
+    os.set_inheritable(fd, True)
+    quiet = [(os.POSIX_SPAWN_OPEN, stdio, os.devnull, os.O_RDWR, 0) for stdio in range(3)]
+    child = os.posix_spawnp(
+        "sleep", ["sleep", "infinity"], os.environ, file_actions=quiet, setsid=True
     )
-    print(f"leak: process {child.pid} holds the character device", file=sys.stderr, flush=True)
+    os.set_inheritable(fd, False)
+    print(f"leak: process {child} holds the character device", file=sys.stderr, flush=True)
 
 
 def _ignore_sigterm(_fd: int) -> None:

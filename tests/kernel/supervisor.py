@@ -1,0 +1,119 @@
+"""`ublkwatch run` as tests see it: started, asked by its status document, stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DEADLINE_S = 60.0
+UBLKWATCH = (sys.executable, "-m", "ublkwatch")
+
+
+class Supervisor:
+    """One configuration; start() and stop() may be repeated."""
+
+    def __init__(self, home: Path, commands: dict[int, list[str]], recovery: str = "") -> None:
+        self.home = home
+        self.config = home / "ublkwatch.toml"
+        self.log = home / "ublkwatch.log"
+        self.proc: subprocess.Popen[bytes] | None = None
+        self.config.write_text(
+            f'runtime_dir = "{home}/run"\nstate_dir = "{home}/state"\npoll_interval_s = 0.5\n'
+            f"[metrics]\nport = 0\n[recovery]\nprobation_s = 0.3\n{recovery}\n"
+            + "".join(
+                f"[[device]]\ndev_id = {dev_id}\ncommand = {json.dumps(command)}\n"
+                for dev_id, command in commands.items()
+            )
+        )
+
+    def start(self) -> Supervisor:
+        with self.log.open("ab") as log:
+            self.proc = subprocess.Popen(
+                [*UBLKWATCH, "run", "--config", str(self.config)], stderr=log
+            )
+        return self
+
+    def stop(self) -> None:
+        """SIGTERM; it must end in time, and well."""
+        assert self.proc is not None
+        self.proc.terminate()
+        assert self.proc.wait(DEADLINE_S) == 0, self.said()
+        self.proc = None
+
+    def kill(self) -> None:
+        if self.proc is not None:
+            self.proc.kill()
+            self.proc.wait(DEADLINE_S)
+            self.proc = None
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    # --- what it shows ---------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """Return the document of the daemon that runs now; empty before it wrote one."""
+        with contextlib.suppress(FileNotFoundError):
+            document: dict[str, Any] = json.loads((self.home / "run/status.json").read_text())
+            if self.proc is not None and document["supervisor_pid"] == self.proc.pid:
+                return document
+        return {"devices": []}
+
+    def device(self, dev_id: int = 0) -> dict[str, Any] | None:
+        found = [each for each in self.status()["devices"] if each["dev_id"] == dev_id]
+        return found[0] if found else None
+
+    def until(self, what: str, dev_id: int = 0, **wanted: object) -> dict[str, Any]:
+        """Wait until the device's document has these values, and return it."""
+        deadline = time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline:
+            now = self.device(dev_id)
+            if now is not None and all(now[key] == value for key, value in wanted.items()):
+                return now
+            if self.proc is not None and self.proc.poll() is not None:
+                break
+            time.sleep(0.02)
+        pytest.fail(f"{what}: {self.device(dev_id)}\n{self.said()}")
+
+    def until_gone(self, dev_id: int = 0) -> None:
+        """Wait until a daemon that runs shows the device no more."""
+        deadline = time.monotonic() + DEADLINE_S
+        while time.monotonic() < deadline:
+            if "written_at" in self.status() and self.device(dev_id) is None:
+                return
+            time.sleep(0.02)
+        pytest.fail(f"ublk {dev_id} is still shown: {self.device(dev_id)}\n{self.said()}")
+
+    def watching(self, dev_id: int = 0) -> dict[str, Any]:
+        return self.until(f"ublk {dev_id} watched", dev_id, phase="watching", state="LIVE")
+
+    # --- the crash -------------------------------------------------------------------------------
+
+    def kill_server(self, dev_id: int = 0) -> dict[str, Any]:
+        """SIGKILL the server that it watches; return the document from before."""
+        before = self.watching(dev_id)
+        pidfd = os.pidfd_open(before["server_pid"])
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.close(pidfd)
+        return before
+
+    def recovered(self, before: dict[str, Any]) -> dict[str, Any]:
+        """Wait for the recovery from that crash: LIVE, under a new server."""
+        after = self.until(
+            "recovered",
+            before["dev_id"],
+            phase="watching",
+            state="LIVE",
+            recoveries=before["recoveries"] + 1,
+        )
+        assert after["server_pid"] != before["server_pid"]
+        return after

@@ -1,0 +1,114 @@
+"""Finding devices: fixture trees for sysfs, and real uevents."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from pathlib import Path
+
+import pytest
+from patience import until
+
+from ublkwatch import discover
+
+BOOT = "5c1f"
+LO = Path("/sys/class/net/lo/uevent")
+SEQNUM = Path("/sys/kernel/uevent_seqnum")
+
+
+@pytest.fixture
+def sysfs(tmp_path: Path) -> Path:
+    """Three devices, of which two have disks."""
+    for name in ("ublkc0", "ublkc7", "ublkc12", "ublkc", "ublkcx", "ublk-control", "ublkc3-old"):
+        (tmp_path / "class/ublk-char" / name).mkdir(parents=True)
+    for name, number in (("ublkb0", "41\n"), ("ublkb7", "9\n")):
+        disk = tmp_path / "block" / name
+        disk.mkdir(parents=True)
+        (disk / "diskseq").write_text(number)
+    return tmp_path
+
+
+def test_devices_are_found_started_or_not_and_nothing_else(sysfs: Path) -> None:
+    assert discover.dev_ids(sysfs) == {0, 7, 12}
+
+
+def test_without_the_module_there_are_none(tmp_path: Path) -> None:
+    assert discover.dev_ids(tmp_path) == set()
+
+
+def test_an_instance_names_boot_and_disk(sysfs: Path) -> None:
+    assert discover.instance(0, BOOT, sysfs) == "5c1f/41"
+    assert discover.instance(7, BOOT, sysfs) == "5c1f/9"
+
+
+def test_a_device_without_a_disk_has_no_instance(sysfs: Path) -> None:
+    assert discover.instance(12, BOOT, sysfs) is None
+
+
+def test_the_same_id_with_another_disk_is_another_instance(sysfs: Path) -> None:
+    before = discover.instance(0, BOOT, sysfs)
+    (sysfs / "block/ublkb0/diskseq").write_text("42\n")
+    assert discover.instance(0, BOOT, sysfs) == "5c1f/42" != before
+
+
+def test_two_boots_are_two_instances_of_the_same_number(sysfs: Path) -> None:
+    assert discover.instance(0, "a", sysfs) != discover.instance(0, "b", sysfs)
+
+
+# --- uevents -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "number", "last", "asks"),
+    [
+        ("/devices/virtual/block/ublkb0", 8, 7, True),
+        ("/devices/virtual/ublk-char/ublkc0", 8, 7, True),
+        ("/module/ublk_drv", 8, None, True),
+        ("/devices/virtual/block/loop0", 8, 7, False),
+        ("/devices/virtual/block/loop0", 8, None, False),
+        ("/devices/virtual/block/loop0", 9, 7, True),
+        ("/devices/virtual/block/loop0", 7, 7, False),
+        ("", 0, 7, False),
+    ],
+)
+def test_ublk_devices_and_lost_events_ask_for_a_look(
+    path: str, number: int, last: int | None, *, asks: bool
+) -> None:
+    assert discover.asks_for_look(path, number, last) is asks
+
+
+def cause_uevent() -> None:
+    before = int(SEQNUM.read_text())
+    try:
+        LO.write_text("change")
+    except PermissionError:
+        pytest.skip("only root may cause a uevent")
+    assert int(SEQNUM.read_text()) > before
+
+
+def lose_uevents() -> None:
+    """Cause uevents that nobody here hears: those of another network namespace's interface."""
+    before = int(SEQNUM.read_text())
+    done = subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False)
+    if done.returncode or int(SEQNUM.read_text()) == before:
+        pytest.skip("no network namespace can be had here")
+
+
+def test_a_gap_in_the_kernels_uevents_leads_to_a_look() -> None:
+    async def main() -> None:
+        looks: list[None] = []
+        following = asyncio.create_task(discover.follow_uevents(lambda: looks.append(None)))
+
+        def looked_after_a_gap() -> bool:
+            if following.done():
+                following.result()
+            cause_uevent()
+            lose_uevents()
+            return bool(looks)
+
+        await until(looked_after_a_gap, "a look for the events that were lost")
+        following.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await following
+
+    asyncio.run(main())

@@ -1,0 +1,193 @@
+"""The fork launcher, with real servers: small Python programs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from patience import PATIENCE_S, until
+
+from ublkwatch.launch import Launcher
+from ublkwatch.model import TAG_VARIABLE
+
+TAG = "7-1-2"
+SAY = """
+import os, socket, sys, time
+def say(text):
+    notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    notify.sendto(text.encode(), os.environ["NOTIFY_SOCKET"])
+"""
+SLEEP = SAY + "print('up', flush=True); time.sleep(600)"
+ECHO = SAY + "say('READY=1'); print('got', input(), flush=True); time.sleep(600)"
+
+
+class Home:
+    """A launcher on a runtime directory, and what it reported."""
+
+    def __init__(self, runtime_dir: Path) -> None:
+        self.runtime_dir = runtime_dir
+        self.ready: list[str] = []
+        self.launcher = Launcher(runtime_dir, self.ready.append)
+        self.pids: list[int] = []
+
+    async def start(self, code: str, *arguments: str, tag: str = TAG) -> int:
+        pid = await self.launcher.start(tag, (sys.executable, "-c", code, *arguments))
+        self.pids.append(pid)
+        return pid
+
+    def restart(self) -> None:
+        """Do as a ublkwatch that ends and begins again."""
+        self.launcher.close()
+        self.ready = []
+        self.launcher = Launcher(self.runtime_dir, self.ready.append)
+
+    def printed(self, tag: str = TAG) -> str:
+        path = self.runtime_dir / "attempts" / tag / "output"
+        return path.read_text() if path.exists() else ""
+
+    async def exited(self, pid: int) -> None:
+        await until(
+            lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG), "it exited"
+        )
+
+    def end(self) -> None:
+        self.launcher.close()
+        for pid in self.pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            except (ProcessLookupError, ChildProcessError):
+                continue  # it has ended, and was waited for
+
+
+def at_home(runtime_dir: Path, work: Callable[[Home], Awaitable[None]]) -> None:
+    async def main() -> None:
+        home = Home(runtime_dir)
+        try:
+            await asyncio.wait_for(work(home), PATIENCE_S)
+        finally:
+            home.end()
+
+    asyncio.run(main())
+
+
+def test_a_server_has_its_own_session_three_descriptors_and_a_clean_environment(
+    tmp_path: Path,
+) -> None:
+    os.environ["UBLKWATCH_TEST_OWN"] = "ours alone"
+    reading, writing = os.pipe()
+    os.set_inheritable(writing, True)
+
+    async def work(home: Home) -> None:
+        pid = await home.start(SLEEP)
+        await until(lambda: "up" in home.printed(), "the server runs")
+        assert os.getsid(pid) == os.getpgid(pid) == pid
+        assert {entry.name for entry in os.scandir(f"/proc/{pid}/fd")} == {"0", "1", "2"}
+        given = environment(pid)
+        assert given.keys() <= {*allowed, TAG_VARIABLE, "NOTIFY_SOCKET"}
+        assert given[TAG_VARIABLE] == TAG
+        assert given["PATH"] == os.environ["PATH"]
+
+    allowed = {"PATH", "LANG", "LC_ALL", "TZ", "HOME"}
+    try:
+        at_home(tmp_path, work)
+    finally:
+        del os.environ["UBLKWATCH_TEST_OWN"]
+        os.close(reading)
+        os.close(writing)
+
+
+def environment(pid: int) -> dict[str, str]:
+    words = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    return dict(word.split("=", 1) for word in words if word)
+
+
+def test_the_line_waits_for_a_server_that_reads_later(tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    code = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]): time.sleep(0.01)\n" + ECHO
+
+    async def work(home: Home) -> None:
+        await home.start(code, str(go))
+        home.launcher.write_line(TAG, '{"dev_id": 7}')
+        go.touch()
+        await until(lambda: 'got {"dev_id": 7}\n' in home.printed(), "the server got its line")
+
+    at_home(tmp_path, work)
+
+
+def test_the_launchers_end_is_no_end_of_file_and_the_next_one_writes_the_line(
+    tmp_path: Path,
+) -> None:
+    async def work(home: Home) -> None:
+        pid = await home.start(ECHO)
+        await until(lambda: home.ready, "the server is ready")
+        home.restart()
+        home.launcher.write_line(TAG, "from the next one")
+        await until(lambda: "got from the next one" in home.printed(), "the line arrived")
+        assert home.launcher.how_ended(pid) == "unknown"
+
+    at_home(tmp_path, work)
+
+
+def test_ready_is_told_with_its_tag_and_other_messages_are_not(tmp_path: Path) -> None:
+    noise = SAY + "say('STATUS=READY=1'); say('READY=10'); say('X\\nREADY=1'); time.sleep(600)"
+
+    async def work(home: Home) -> None:
+        await home.start(noise, tag="noisy")
+        await until(lambda: home.ready, "READY=1 in the third message is heard")
+        await home.start(ECHO)
+        await until(lambda: len(home.ready) > 1, "the other is heard")
+        assert home.ready == ["noisy", TAG]
+
+    at_home(tmp_path, work)
+
+
+def test_after_a_restart_ready_is_heard_again(tmp_path: Path) -> None:
+    code = SAY + "input(); say('READY=1'); time.sleep(600)"
+
+    async def work(home: Home) -> None:
+        await home.start(code)
+        home.restart()
+        home.launcher.listen(TAG)
+        home.launcher.listen("never-started")
+        home.launcher.write_line(TAG, "")
+        await until(lambda: home.ready == [TAG], "READY=1 is heard")
+
+    at_home(tmp_path, work)
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        ("raise SystemExit(3)", "exit status 3"),
+        ("pass", "exit status 0"),
+        ("import os; os.kill(os.getpid(), 9)", "SIGKILL"),
+        ("import os; os.kill(os.getpid(), 40)", "signal 40"),
+    ],
+)
+def test_how_a_child_ended_is_told_once(tmp_path: Path, code: str, how: str) -> None:
+    async def work(home: Home) -> None:
+        pid = await home.start(code)
+        await home.exited(pid)
+        assert home.launcher.how_ended(pid) == how
+        assert home.launcher.how_ended(pid) == "unknown"
+
+    at_home(tmp_path, work)
+
+
+@pytest.mark.parametrize("program", ["/no/such/program", "/etc/passwd"])
+def test_a_program_that_cannot_be_started_is_an_oserror_and_the_tag_is_free_again(
+    tmp_path: Path, program: str
+) -> None:
+    async def work(home: Home) -> None:
+        with pytest.raises(OSError, match=program):
+            await home.launcher.start(TAG, (program,))
+        await home.start(ECHO)
+        await until(lambda: home.ready, "the next one with this tag starts")
+
+    at_home(tmp_path, work)

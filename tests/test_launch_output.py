@@ -1,0 +1,85 @@
+"""What attempts leave in the runtime directory: output, and its bounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from patience import until
+from test_launch import TAG, Home, at_home
+
+MIB = 1 << 20
+# Prints until told to stop, a line of 64 KiB at a time.
+CHATTER = """
+import os, sys
+while not os.path.exists(sys.argv[1]):
+    if os.fstat(1).st_size < 4 << 20:
+        os.write(1, b"x" * 65535 + b"\\n")
+os.write(1, b"the end\\n")
+"""
+
+
+@pytest.mark.parametrize(
+    ("printed", "words"),
+    [
+        ("print('first'); print('last'); print(' ')", "last"),
+        ("print('\\x1b[31mred\\x07')", "?[31mred?"),
+        ("import os; os.write(1, b'bad \\xff\\n')", "bad \N{REPLACEMENT CHARACTER}"),
+        ("print('w' * 9000)", "w" * 300),
+        ("raise ValueError('no backing file')", "ValueError: no backing file"),
+        ("pass", ""),
+    ],
+)
+def test_last_words_are_one_harmless_bounded_line(tmp_path: Path, printed: str, words: str) -> None:
+    async def work(home: Home) -> None:
+        await home.exited(await home.start(printed))
+        assert home.launcher.last_words(TAG) == words
+
+    at_home(tmp_path, work)
+
+
+def test_who_never_printed_has_no_last_words(tmp_path: Path) -> None:
+    async def work(home: Home) -> None:
+        assert home.launcher.last_words("never-started") == ""
+
+    at_home(tmp_path, work)
+
+
+def test_output_is_bounded_while_the_server_goes_on_writing(tmp_path: Path) -> None:
+    stop = tmp_path / "stop"
+    output = tmp_path / "attempts" / TAG / "output"
+
+    async def work(home: Home) -> None:
+        pid = await home.start(CHATTER, str(stop))
+        await until(lambda: output.stat().st_size > 3 * MIB, "the server printed much")
+        for _ in range(3):  # it goes on where the file was cut, without a hole
+            home.launcher.trim()
+            kept = output.with_name("output.old").read_bytes()
+            assert 0 < len(kept) <= 64 << 10
+            assert kept.strip(b"x\n") == b""
+            await until(lambda: output.stat().st_size > 2 * MIB, "it writes on")
+        stop.touch()
+        await home.exited(pid)
+        assert output.read_bytes().strip(b"x\n") == b"the end"
+
+    at_home(tmp_path, work)
+
+
+def test_short_output_is_left_alone(tmp_path: Path) -> None:
+    async def work(home: Home) -> None:
+        await home.exited(await home.start("print('short')"))
+        home.launcher.trim()
+        assert home.printed() == "short\n"
+
+    at_home(tmp_path, work)
+
+
+def test_keep_only_removes_what_is_over_and_nothing_else(tmp_path: Path) -> None:
+    async def work(home: Home) -> None:
+        for tag in ("over", "kept"):
+            await home.exited(await home.start("print('words')", tag=tag))
+        home.launcher.keep_only({"kept", "not-yet-there"})
+        assert [path.name for path in (tmp_path / "attempts").iterdir()] == ["kept"]
+        assert home.launcher.last_words("kept") == "words"
+
+    at_home(tmp_path, work)

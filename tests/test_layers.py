@@ -1,0 +1,129 @@
+"""The house rules of ARCHITECTURE.md, read off the syntax trees: layers, homes, ceilings."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "ublkwatch"
+
+# Who may import whom within the package. An edge never knows another edge.
+LAYERS: dict[str, set[str]] = {
+    "__init__": set(),
+    "__main__": {"cli"},
+    # L0: nouns and numbers
+    "uapi": set(),
+    "model": {"uapi"},
+    "events": {"model"},
+    # L1: decisions and documents, pure
+    "attempt": {"events", "model"},
+    "recovery": {"attempt", "events", "model", "uapi"},
+    "status": {"model", "uapi"},
+    # L2: edges
+    "uring": {"uapi"},
+    "async_ring": {"uapi", "uring"},
+    "ctrl": {"async_ring", "model", "uapi", "uring"},
+    "ctrl_worker": {"async_ring", "ctrl"},
+    "discover": set(),
+    "server": {"model"},
+    "launch": {"model"},
+    "store": {"model"},
+    "config": set(),
+    "metrics": {"", "events", "model", "status", "uapi"},
+    "log": {"events", "model"},
+    # L3: the shell; its edges come in by Protocol
+    "perform": {"events", "model"},
+    "monitor": {"attempt", "events", "model", "perform", "recovery", "uapi"},
+    # L4: composition
+    "daemon": {
+        *("async_ring", "config", "ctrl", "ctrl_worker", "discover", "events", "launch", "log"),
+        *("metrics", "model", "monitor", "perform", "server", "status", "store", "uapi"),
+    },
+    "cli": {"", "config", "daemon", "status", "store"},
+}
+
+# What acts on the world has one home each.
+HOMES = {
+    "ctypes": {"uring"},
+    "mmap": {"uring"},
+    "subprocess": {"launch"},
+    "psutil": {"server"},
+    "pyroute2": {"discover"},
+    "sqlite3": {"store"},
+    "prometheus_client": {"metrics"},
+    "argparse": {"cli"},
+    "os.pidfd_open": {"server"},
+    "signal.pidfd_send_signal": {"server"},
+    "os.kill": set(),
+    "os.system": set(),
+    "os.fork": set(),
+    "time.sleep": set(),
+    "time.monotonic": {"daemon"},
+    "time.time": {"daemon", "status"},
+    "sys.exit": set(),
+}
+PURE = ("uapi", "model", "events", "attempt", "recovery")
+HARMLESS = {
+    *("__future__", "collections", "dataclasses", "enum", "errno", "struct", "typing", "ublkwatch")
+}
+CEILING = 400
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+
+def tree(module: str) -> ast.Module:
+    return ast.parse((PACKAGE / f"{module}.py").read_text())
+
+
+def imports(module: str) -> set[str]:
+    """Return every module that it imports, wherever in it, by full name."""
+    found = set()
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports are absolute here"
+            submodules = {f"ublkwatch.{alias.name}" for alias in node.names}
+            known = {f"ublkwatch.{name}" for name in MODULES}
+            if node.module == "ublkwatch" and submodules & known:
+                found |= submodules & known
+            else:
+                found.add(node.module or "")
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert set(MODULES) == set(LAYERS)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_its_layer_may(module: str) -> None:
+    own = {name.partition(".")[2] for name in imports(module) if name.split(".")[0] == "ublkwatch"}
+    assert own <= LAYERS[module]
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_what_is_pure_imports_nothing_that_acts(module: str) -> None:
+    assert {name.split(".")[0] for name in imports(module)} <= HARMLESS
+
+
+@pytest.mark.parametrize(("what", "homes"), HOMES.items())
+def test_what_acts_has_one_home(what: str, homes: set[str]) -> None:
+    users = set()
+    for module in MODULES:
+        names = {name.split(".")[0] for name in imports(module)}
+        calls = {
+            f"{node.value.id}.{node.attr}"
+            for node in ast.walk(tree(module))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+        }
+        if what in names | calls:
+            users.add(module)
+    assert users == homes
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_stays_below_the_ceiling(module: str) -> None:
+    assert len((PACKAGE / f"{module}.py").read_text().splitlines()) <= CEILING

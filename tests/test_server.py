@@ -1,0 +1,200 @@
+"""Servers as processes, with real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from patience import PATIENCE_S, some_turns, until
+
+from ublkwatch.model import TAG_VARIABLE, ServerId
+from ublkwatch.server import Servers, holds, read_boot_id
+
+SLEEP = "import time; print('up', flush=True); time.sleep(600)"
+# A family of three: the last one has a session of its own, no parent of ours, and ignores SIGTERM.
+FAMILY = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
+        time.sleep(600)
+    os._exit(0)
+os.wait()
+time.sleep(600)
+"""
+
+
+@contextlib.contextmanager
+def child(
+    code: str = SLEEP, *, tag: str = "", arguments: tuple[str, ...] = ()
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run a program; give it and its first line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, TAG_VARIABLE: tag},
+    )
+    with process:
+        try:
+            assert process.stdout is not None
+            yield process, process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def with_servers(work: Callable[[Servers, list[ServerId]], Awaitable[None]]) -> None:
+    async def main() -> None:
+        reported: list[ServerId] = []
+        servers = Servers(read_boot_id(), reported.append)
+        try:
+            await asyncio.wait_for(work(servers, reported), PATIENCE_S)
+        finally:
+            servers.close()
+
+    asyncio.run(main())
+
+
+def identify(servers: Servers, process: subprocess.Popen[str]) -> ServerId:
+    server = servers.identify(process.pid)
+    assert server is not None
+    return server
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_living_process_is_identified_and_always_as_the_same() -> None:
+    async def work(servers: Servers, _: list[ServerId]) -> None:
+        with child() as (process, _line), child() as (other, _line):
+            server = identify(servers, process)
+            assert (server.pid, server.boot_id) == (process.pid, read_boot_id())
+            assert server == servers.identify(process.pid) != servers.identify(other.pid)
+
+    with_servers(work)
+
+
+def test_a_zombie_is_nobody() -> None:
+    async def work(servers: Servers, _: list[ServerId]) -> None:
+        with child("") as (process, _line):
+            await until(lambda: servers.identify(process.pid) is None, "the child is a zombie")
+            assert state(process.pid) == "Z"
+
+    with_servers(work)
+
+
+@pytest.mark.parametrize("pid", [1, 0, -1, (1 << 22) + 1])
+def test_init_no_number_and_a_free_pid_are_nobody(pid: int) -> None:
+    async def work(servers: Servers, _: list[ServerId]) -> None:
+        assert servers.identify(pid) is None
+
+    with_servers(work)
+
+
+def test_the_end_of_a_watched_process_is_reported_once() -> None:
+    async def work(servers: Servers, reported: list[ServerId]) -> None:
+        with child() as (process, _line):
+            server = identify(servers, process)
+            servers.watch(server)
+            servers.watch(server)
+            await some_turns()
+            assert reported == []
+            process.kill()
+            await until(lambda: reported, "the end is reported")
+            await some_turns()
+            assert reported == [server]
+
+    with_servers(work)
+
+
+@pytest.mark.parametrize("other", [{"start_ticks": 1}, {"boot_id": "of another boot"}])
+def test_a_reused_pid_is_reported_as_ended_at_once_and_never_killed(
+    other: dict[str, int | str],
+) -> None:
+    async def work(servers: Servers, reported: list[ServerId]) -> None:
+        with child() as (process, _line):
+            server = identify(servers, process)
+            former = replace(server, **other)  # type: ignore[arg-type]
+            servers.watch(former)
+            await until(lambda: reported == [former], "watch reports it")
+            servers.kill(former)
+            await until(lambda: reported == [former] * 2, "kill reports it")
+            assert servers.identify(process.pid) == server
+
+    with_servers(work)
+
+
+def test_watching_a_process_that_has_ended_reports_it() -> None:
+    async def work(servers: Servers, reported: list[ServerId]) -> None:
+        with child() as (process, _line):
+            server = identify(servers, process)
+            process.kill()
+            process.wait()
+            servers.watch(server)
+            await until(lambda: reported == [server], "its end is reported")
+
+    with_servers(work)
+
+
+def test_kill_ends_the_process_and_no_other() -> None:
+    async def work(servers: Servers, reported: list[ServerId]) -> None:
+        with child() as (process, _line), child() as (other, _line):
+            server = identify(servers, process)
+            servers.kill(server)
+            await until(lambda: reported == [server], "its end is reported")
+            assert process.wait() == -9
+            assert other.poll() is None
+
+    with_servers(work)
+
+
+def test_closing_lets_the_processes_live_unwatched() -> None:
+    async def work(servers: Servers, reported: list[ServerId]) -> None:
+        with child() as (process, _line):
+            servers.watch(identify(servers, process))
+            servers.close()
+            assert process.poll() is None
+            process.kill()
+            process.wait()
+            await some_turns()
+            assert reported == []
+
+    with_servers(work)
+
+
+def test_a_whole_family_is_found_by_its_tag_and_ended() -> None:
+    async def work(servers: Servers, _: list[ServerId]) -> None:
+        with child(FAMILY, tag="7-1-2") as (process, last), child(tag="7-1-20") as (other, _line):
+            try:
+                found = await asyncio.to_thread(servers.tagged, "7-1-2")
+                assert {server.pid for server in found} == {process.pid, int(last)}
+                await servers.end_tagged("7-1-2")
+                assert process.wait() == -9
+                assert servers.identify(int(last)) is None
+                assert other.poll() is None
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(last), 9)
+
+    with_servers(work)
+
+
+def test_holds_tells_who_has_a_node_open(tmp_path: Path) -> None:
+    node = tmp_path / "ublkc0"
+    node.touch()
+    opening = f"import sys; node = open(sys.argv[1]); {SLEEP}"
+    with child(opening, arguments=(str(node),)) as (holder, _), child() as (other, _):
+        assert holds(holder.pid, str(node))
+        assert not holds(holder.pid, f"{node}0")
+        assert not holds(other.pid, str(node))
+    assert not holds(holder.pid, str(node))

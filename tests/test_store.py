@@ -1,0 +1,191 @@
+"""What survives us, on real files and a real sqlite."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ublkwatch.model import Armed, DevInfo, Phase, QueueConfig, Reason, Record, ServerId, Spec
+from ublkwatch.store import Store, StoreError, replace_file
+from ublkwatch.uapi import DevFlags, DevState
+
+HISTORY_MAX = 10_000
+
+RECORD = Record(
+    dev_id=3,
+    instance="boot/17",
+    phase=Phase.STOPPING,
+    reason=Reason.DIED_ATTACHING,
+    detail="exit status 1: no “backing” file",
+    since=1234.5,
+    wake=1235.25,
+    info=DevInfo(3, DevState.QUIESCED, DevFlags.USER_RECOVERY, 1, 128, 4096, 77),
+    server=ServerId(77, 88, "boot"),
+    candidate=ServerId(99, 100, "boot"),
+    seq=12,
+    ready=True,
+    agreed=2,
+    armed=Armed.UNSURE,
+    lined=True,
+    pending=True,
+    over=False,
+    then=Phase.OBSERVED,
+    failures=(1230.0, 1234.0),
+    attempts=2,
+    detected_by="pidfd",
+    marks=(("lost", 1229.0), ("draining", 1229.0)),
+    recoveries=4,
+    last_held_s=0.125,
+)
+SPEC = Spec(
+    dev_id=3,
+    instance="boot/17",
+    queue=QueueConfig(2, 128, 524288, 8, {"basic": {"dev_sectors": 1 << 40}}),
+    command=("/usr/bin/server", "--file", "a b"),
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with contextlib.closing(Store(tmp_path / "run", tmp_path / "lib")) as opened:
+        yield opened
+
+
+def variants() -> list[Record]:
+    phases = [replace(RECORD, phase=phase, dev_id=n) for n, phase in enumerate(Phase)]
+    reasons = [replace(RECORD, reason=reason, dev_id=100 + n) for n, reason in enumerate(Reason)]
+    armed = [replace(RECORD, armed=armed, dev_id=200 + n) for n, armed in enumerate(Armed)]
+    return [*phases, *reasons, *armed, Record(dev_id=300, instance="boot/18")]
+
+
+def test_every_record_comes_back_as_it_was_but_for_the_kernels_answer(store: Store) -> None:
+    for record in variants():
+        store.save_record(record)
+    expected = {record.dev_id: replace(record, info=None) for record in variants()}
+    assert store.load_records() == expected
+
+
+def test_the_sample_record_has_no_field_at_its_default() -> None:
+    """Else a field that is not saved would come back right by chance."""
+    plain = Record(dev_id=0, instance="")
+    same = {name for name in Record.__slots__ if getattr(plain, name) == getattr(RECORD, name)}
+    assert same == set()
+
+
+def test_the_last_save_counts_and_a_dropped_record_is_gone(store: Store) -> None:
+    store.save_record(RECORD)
+    store.save_record(replace(RECORD, seq=13))
+    assert store.load_records()[3].seq == 13
+    store.drop_record(3)
+    store.drop_record(3)
+    assert store.load_records() == {}
+
+
+def test_specs_come_back_as_they_were(store: Store) -> None:
+    other = replace(SPEC, dev_id=4)
+    store.save_spec(SPEC)
+    store.save_spec(other)
+    assert store.load_specs() == {3: SPEC, 4: other}
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"null",
+        b'"words"',
+        b"[]",
+        b"{}",
+        b'{"version": 1}',
+        b'{"version": 2, "dev_id": 3, "instance": "boot/17"}',
+        b'{"version": 1, "dev_id": 3, "instance": "boot/17", "unheard_of": 1}',
+    ],
+)
+@pytest.mark.parametrize("kind", ["run/records", "lib/specs"])
+def test_what_cannot_be_understood_is_set_aside_and_the_others_are_loaded(
+    store: Store, tmp_path: Path, garbage: bytes, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.save_record(RECORD)
+    store.save_spec(SPEC)
+    bad = tmp_path / kind / "0.json"
+    bad.write_bytes(garbage)
+    with caplog.at_level(logging.ERROR, "ublkwatch"):
+        assert store.load_records().keys() == store.load_specs().keys() == {3}
+    assert str(bad) in caplog.text
+    assert bad.with_suffix(".bad").read_bytes() == garbage
+    assert not bad.exists()
+
+
+def test_who_reads_while_a_file_is_replaced_has_the_old_content_whole(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    replace_file(path, "old" * 100, mode=0o644)
+    with path.open() as reading:
+        replace_file(path, "new")
+        assert reading.read() == "old" * 100
+    assert path.read_text() == "new"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    replace_file(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        replace_file(path, "long enough " * 10_000 + "\ud800")
+    assert path.read_text() == "old"
+    replace_file(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_everybody_may_read_the_status_and_nobody_the_records(store: Store, tmp_path: Path) -> None:
+    store.save_record(RECORD)
+    store.write_status("{}")
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*.json")}
+    assert modes == {"3.json": 0o600, "status.json": 0o644}
+
+
+def test_a_second_one_is_refused_by_the_lock_until_the_first_is_closed(tmp_path: Path) -> None:
+    first = Store(tmp_path / "run", tmp_path / "lib")
+    with pytest.raises(StoreError, match="run/lock is held: another ublkwatch"):
+        Store(tmp_path / "run", tmp_path / "other")
+    first.close()
+    Store(tmp_path / "run", tmp_path / "lib").close()
+
+
+@pytest.mark.parametrize("name", ["run", "lib"])
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("a file in its place")
+    with pytest.raises(StoreError, match=rf"{name}: File exists; .*runtime_dir and state_dir"):
+        Store(tmp_path / "run", tmp_path / "lib")
+    (tmp_path / name).unlink()
+    Store(tmp_path / "run", tmp_path / "lib").close()
+
+
+def test_history_is_kept_in_order_over_restarts(tmp_path: Path) -> None:
+    entries = [{"dev_id": n, "timeline": [["lost", 0.0]]} for n in (5, 1, 3)]
+    with contextlib.closing(Store(tmp_path / "run", tmp_path / "lib")) as store:
+        assert store.load_history() == []
+        for entry in entries:
+            store.add_history(entry)
+    with contextlib.closing(Store(tmp_path / "run", tmp_path / "lib")) as store:
+        assert store.load_history() == entries
+
+
+def test_history_forgets_its_oldest(store: Store, tmp_path: Path) -> None:
+    store.add_history({"dev_id": 0})
+    with contextlib.closing(sqlite3.connect(tmp_path / "lib/history.sqlite")) as db, db:
+        entries = ((n, json.dumps({"dev_id": n})) for n in range(1, HISTORY_MAX))
+        db.executemany("INSERT INTO recoveries (dev_id, entry) VALUES (?, ?)", entries)
+    assert len(store.load_history()) == HISTORY_MAX
+    store.add_history({"dev_id": -1})
+    history = store.load_history()
+    assert len(history) == HISTORY_MAX
+    assert (history[0], history[-1]) == ({"dev_id": 1}, {"dev_id": -1})

@@ -1,0 +1,78 @@
+"""The bare ring, on the real kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from ublkwatch import uapi
+from ublkwatch.uring import Buffer, Ring, _syscall
+
+
+def nop(user_data: int) -> bytes:
+    return uapi.io_uring_sqe.pack(opcode=uapi.IORING_OP_NOP, user_data=user_data)
+
+
+def test_every_nop_is_completed_once_round_and_round_the_queue() -> None:
+    ring = Ring(4)
+    with contextlib.closing(ring):
+        seen: list[tuple[int, int]] = []
+        for start in range(0, 40, 4):
+            for number in range(start, start + 4):
+                ring.push(nop(number))
+            ring.submit(wait=4)
+            seen += ring.reap()
+    assert sorted(seen) == [(number, 0) for number in range(40)]
+
+
+def test_a_full_queue_is_ebusy_until_it_is_submitted() -> None:
+    ring = Ring(2)
+    with contextlib.closing(ring):
+        for number in range(ring.entries):
+            ring.push(nop(number))
+        with pytest.raises(OSError, match="full") as caught:
+            ring.push(nop(99))
+        assert caught.value.errno == errno.EBUSY
+        ring.submit(wait=2)
+        ring.push(nop(99))
+        ring.submit(wait=1)
+        assert (99, 0) in list(ring.reap())
+
+
+def test_too_many_entries_are_clamped_and_none_is_refused() -> None:
+    ring = Ring(1 << 20)
+    with contextlib.closing(ring):
+        assert ring.entries < 1 << 20
+    with pytest.raises(OSError, match="Invalid argument"):
+        Ring(0)
+
+
+def descriptors() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+def test_no_descriptor_of_a_ring_is_inherited_or_left() -> None:
+    before = descriptors()
+    ring = Ring(4)
+    assert not os.get_inheritable(ring.fd)
+    ring.close()
+    assert descriptors() == before
+
+
+def test_the_bound_of_workers_is_the_one_that_the_kernel_keeps() -> None:
+    ring = Ring(4)
+    with contextlib.closing(ring):
+        ring.limit_workers(57)
+        asked = Buffer(8)  # 0 changes nothing, and is answered with what is set
+        register = uapi.IORING_REGISTER_IOWQ_MAX_WORKERS
+        _syscall(uapi.SYS_IO_URING_REGISTER, ring.fd, register, asked.address, 2)
+    assert int.from_bytes(asked.bytes()[:4], "little") == 57
+
+
+def test_a_failed_syscall_says_why() -> None:
+    with pytest.raises(OSError, match=r"Bad file descriptor"):
+        _syscall(uapi.SYS_IO_URING_ENTER, (1 << 31) - 1, 0, 0, 0, 0, 0)
