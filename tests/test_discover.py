@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import struct
 import subprocess
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from ublkwatch import discover
 BOOT = "5c1f"
 LO = Path("/sys/class/net/lo/uevent")
 SEQNUM = Path("/sys/kernel/uevent_seqnum")
+TUN, TUNSETIFF, IFF_TUN_NO_PI = Path("/dev/net/tun"), 0x400454CA, 0x1001
 
 
 @pytest.fixture
@@ -112,3 +115,33 @@ def test_a_gap_in_the_kernels_uevents_leads_to_a_look() -> None:
             await following
 
     asyncio.run(main())
+
+
+def test_an_event_of_something_called_ublk_leads_to_a_look() -> None:
+    """A network interface lends its name: it takes no driver of ours, and goes when closed."""
+
+    async def main() -> None:
+        looks: list[None] = []
+        following = asyncio.create_task(discover.follow_uevents(lambda: looks.append(None)))
+
+        def looked_after_an_event() -> bool:
+            if following.done():
+                following.result()
+            make_interface("ublk-test")
+            return bool(looks)
+
+        await until(looked_after_an_event, "a look for the event")
+        following.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await following
+
+    asyncio.run(main())
+
+
+def make_interface(name: str) -> None:
+    """Let the kernel announce an interface of that name, and its going."""
+    try:
+        with TUN.open("r+b", buffering=0) as tun:
+            fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH14x", name.encode(), IFF_TUN_NO_PI))
+    except OSError as error:
+        pytest.skip(f"no network interface can be made here: {error}")

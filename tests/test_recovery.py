@@ -86,6 +86,9 @@ class Story:
     ) -> InfoRead:
         return InfoRead(replace(INFO, state=state), instance, server)
 
+    def is_in(self, phase: Phase) -> bool:
+        return self.record.phase is phase
+
     def watching(self) -> Story:
         self.tell(self.read(DevState.LIVE, OLD))
         assert self.record.phase is Phase.WATCHING
@@ -256,11 +259,12 @@ def test_an_unknown_state_takes_the_hands_off(story: Story, begin: str) -> None:
 @pytest.mark.parametrize("how", ["deleted", "stopped", "replaced"])
 def test_nothing_is_resurrected(story: Story, begin: str, how: str) -> None:
     getattr(story, begin)()
-    gone = {
+    ways: dict[str, Event] = {
         "deleted": InfoMissing(),
         "stopped": story.read(DevState.DEAD),
         "replaced": story.read(DevState.LIVE, OTHER, f"{BOOT}/2"),
-    }[how]
+    }
+    gone = ways[how]
     pending = story.record.pending
     effects = story.tell(gone)
     if begin in ("draining", "starting", "attaching"):
@@ -363,7 +367,7 @@ def test_half_attached_is_final_on_g2_and_an_attempt_on_g3(story: Story, symptom
         effects = story.tell(Woken(), after_s=story.policy.attach_timeout_s)
     assert effects == [Cancel(1), EndAttempt(1)]
     assert story.tell(AttemptOver(1)) == []
-    assert story.record.phase is Phase.STOPPING  # END is still with the kernel
+    assert story.is_in(Phase.STOPPING)  # END is still with the kernel
     story.tell(EndReplied(1, errno.EINTR))
     if story.policy.generation is Generation.G2:
         assert (story.record.phase, story.record.reason) == (Phase.FAILED, Reason.HALF_ATTACHED)
@@ -448,7 +452,12 @@ def test_replies_of_another_attempt_change_nothing(story: Story, begin: str) -> 
     getattr(story, begin)()
     before = story.record
     for seq in (0, 2):
-        late = [Spawned(seq, OTHER), Ready(seq), SpawnFailed(seq, ""), StartReplied(seq, 0)]
+        late: list[Event] = [
+            Spawned(seq, OTHER),
+            Ready(seq),
+            SpawnFailed(seq, ""),
+            StartReplied(seq, 0),
+        ]
         assert story.tell(*late, EndReplied(seq, 0), AttemptOver(seq)) == []
     assert story.tell(ServerExited(OTHER)) == []
     assert story.record == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import sqlite3
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,6 @@ import pytest
 from ublkwatch.model import Armed, DevInfo, Phase, QueueConfig, Reason, Record, ServerId, Spec
 from ublkwatch.store import Store, StoreError, replace_file
 from ublkwatch.uapi import DevFlags, DevState
-
-HISTORY_MAX = 10_000
 
 RECORD = Record(
     dev_id=3,
@@ -125,6 +123,15 @@ def test_what_cannot_be_understood_is_set_aside_and_the_others_are_loaded(
     assert not bad.exists()
 
 
+def test_what_another_version_wrote_is_set_aside(store: Store, tmp_path: Path) -> None:
+    store.save_record(RECORD)
+    store.save_spec(SPEC)
+    for path in (tmp_path / "run/records/3.json", tmp_path / "lib/specs/3.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+    assert store.load_records() == {}
+    assert store.load_specs() == {}
+
+
 def test_who_reads_while_a_file_is_replaced_has_the_old_content_whole(tmp_path: Path) -> None:
     path = tmp_path / "file"
     replace_file(path, "old" * 100, mode=0o644)
@@ -146,8 +153,12 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path) -> None:
 
 
 def test_everybody_may_read_the_status_and_nobody_the_records(store: Store, tmp_path: Path) -> None:
-    store.save_record(RECORD)
-    store.write_status("{}")
+    umask = os.umask(0o077)
+    try:
+        store.save_record(RECORD)
+        store.write_status("{}")
+    finally:
+        os.umask(umask)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*.json")}
     assert modes == {"3.json": 0o600, "status.json": 0o644}
 
@@ -167,25 +178,3 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, name: str) 
         Store(tmp_path / "run", tmp_path / "lib")
     (tmp_path / name).unlink()
     Store(tmp_path / "run", tmp_path / "lib").close()
-
-
-def test_history_is_kept_in_order_over_restarts(tmp_path: Path) -> None:
-    entries = [{"dev_id": n, "timeline": [["lost", 0.0]]} for n in (5, 1, 3)]
-    with contextlib.closing(Store(tmp_path / "run", tmp_path / "lib")) as store:
-        assert store.load_history() == []
-        for entry in entries:
-            store.add_history(entry)
-    with contextlib.closing(Store(tmp_path / "run", tmp_path / "lib")) as store:
-        assert store.load_history() == entries
-
-
-def test_history_forgets_its_oldest(store: Store, tmp_path: Path) -> None:
-    store.add_history({"dev_id": 0})
-    with contextlib.closing(sqlite3.connect(tmp_path / "lib/history.sqlite")) as db, db:
-        entries = ((n, json.dumps({"dev_id": n})) for n in range(1, HISTORY_MAX))
-        db.executemany("INSERT INTO recoveries (dev_id, entry) VALUES (?, ?)", entries)
-    assert len(store.load_history()) == HISTORY_MAX
-    store.add_history({"dev_id": -1})
-    history = store.load_history()
-    assert len(history) == HISTORY_MAX
-    assert (history[0], history[-1]) == ({"dev_id": 1}, {"dev_id": -1})

@@ -24,7 +24,7 @@ from ublkwatch.uring import Buffer
 CONTROL = Path("/dev/ublk-control")
 
 # Python calls number 95 ENOTSUP; the driver's source and everybody else EOPNOTSUPP.
-_NAMES = errno.errorcode | {errno.EOPNOTSUPP: "EOPNOTSUPP"}
+_NAMES = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
 _MEANING = {
     errno.EPERM: "no CAP_SYS_ADMIN in the initial user namespace",
     errno.ENODEV: "there is no such device",

@@ -37,6 +37,7 @@ class Metrics:
     def __init__(self, records: Callable[[], Iterable[Record]]) -> None:
         """Make the registry; ``records`` returns the devices as they are known at the moment."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._records = records
         self.registry = CollectorRegistry()
         self.registry.register(_Devices(records))
         self._recoveries = Counter(
@@ -68,11 +69,9 @@ class Metrics:
         """Count a transition."""
         before, after = transition.before, transition.after
         device = f"ublkb{after.dev_id}"
-        if after.phase is Phase.WATCHING and before.phase is Phase.OBSERVED:
-            self._create(device)
-        if after.phase is Phase.DRAINING and before.phase is not Phase.BACKOFF:
+        if after.phase is Phase.DRAINING and after.marks[:1] != before.marks[:1]:
             self._exits.labels(device, after.detected_by).inc()
-        if len(after.failures) > len(before.failures):
+        if after.failures and after.failures[-1] not in before.failures:
             self._failures.labels(device).inc()
         if after.phase is Phase.WATCHING and before.phase is Phase.PROBATION:
             self._recoveries.labels(device, "success").inc()
@@ -83,7 +82,10 @@ class Metrics:
             self._remove(device)
 
     def text(self) -> bytes:
-        """Return the page."""
+        """Return the page; a device that we act on has its counters from its first scrape on."""
+        for record in self._records():
+            if record.phase is not Phase.OBSERVED:
+                self._create(f"ublkb{record.dev_id}")
         return generate_latest(self.registry)
 
     def _create(self, device: str) -> None:
@@ -170,7 +172,7 @@ class Page:
             if self._clients <= _CONNECTIONS_MAX:
                 async with asyncio.timeout(_TIMEOUT_S):
                     await self._answer(reader, writer)
-        except (OSError, TimeoutError, ValueError, asyncio.IncompleteReadError):
+        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
             pass  # a client that is gone, silent or not speaking HTTP
         finally:
             self._clients -= 1

@@ -115,7 +115,7 @@ def _row(device: dict[str, Any]) -> tuple[str, ...]:
         device["state"] or "?",
         device["phase"],
         str(device["server_pid"] or "-"),
-        f"{device['queues']}x{device['depth']}",
+        f"{device['queues']}x{device['depth']}" if device["queues"] else "?",
         device["recovery_mode"] or "?",
         str(device["recoveries"]),
         "-" if held is None else f"{held * 1000:.0f} ms",

@@ -1,0 +1,84 @@
+"""``python -m tests [lint]``: what `make test` runs, and one closing line with the counts.
+
+Lint and types, the tests of this machine, then tests/kernel in the lab's guest on both kernels.
+Status 1 if any failed, or was skipped: what this project's tests need, its set-up installs.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+TOP = Path(__file__).parent.parent
+PYTHON = str(TOP / ".venv/bin/python")
+LINTS = {
+    "ruff check": ["-m", "ruff", "check", "--quiet", "."],
+    "ruff format": ["-m", "ruff", "format", "--quiet", "--check", "."],
+    "mypy": ["-m", "mypy", "ublkwatch", "lab", *map(str, sorted(TOP.glob("tests/*.py")))],
+    "mypy tests/kernel": ["-m", "mypy", "tests/kernel"],
+}
+KERNELS = ("lts", "new")
+KERNEL_TESTS_S = 1500
+
+
+class Count:
+    """How many checks and tests ended in which way."""
+
+    def __init__(self) -> None:
+        self.passed = self.failed = self.skipped = 0
+
+    def run(self, name: str, command: list[str]) -> bool:
+        started = time.monotonic()
+        print(f"--- {name}", flush=True)
+        status = subprocess.run(command, cwd=TOP, check=False).returncode
+        print(f"--- {name}: status {status}, {time.monotonic() - started:.0f} s", flush=True)
+        return status == 0
+
+    def lint(self) -> None:
+        for name, arguments in LINTS.items():
+            if self.run(name, [PYTHON, *arguments]):
+                self.passed += 1
+            else:
+                self.failed += 1
+
+    def pytest(self, name: str, arguments: list[str], results: Path, *before: str) -> None:
+        """Run pytest, on this machine or behind ``before``; believe its report, not its word."""
+        report = results / f"{name.replace(' ', '-')}.xml"
+        good = self.run(
+            name, [*before, PYTHON, "-m", "pytest", "-q", f"--junit-xml={report}", *arguments]
+        )
+        if not report.exists():
+            self.failed += 1
+            return
+        suites = list(ET.parse(report).iter("testsuite"))  # noqa: S314 - pytest's own
+        total, failed, skipped = (
+            sum(int(suite.get(kind, 0)) for suite in suites)
+            for kind in ("tests", "failures", "skipped")
+        )
+        failed += sum(int(suite.get("errors", 0)) for suite in suites)
+        self.passed += total - failed - skipped
+        self.failed += failed or (not good)
+        self.skipped += skipped
+
+
+def main() -> int:
+    count = Count()
+    count.lint()
+    if sys.argv[1:] != ["lint"]:
+        with tempfile.TemporaryDirectory(prefix="ublkwatch-tests-", dir="/var/tmp") as name:
+            results = Path(name)
+            count.pytest("tests", ["--ignore=tests/kernel", "tests"], results)
+            for kernel in KERNELS:
+                lab = [PYTHON, "lab/lab.py", "run", "--kernel", kernel, "--cpus", "2"]
+                lab += ["--timeout", str(KERNEL_TESTS_S), "--rw", name, "--"]
+                count.pytest(f"kernel {kernel}", ["tests/kernel"], results, *lab)
+    print(f"{count.passed} passed, {count.failed} failed, {count.skipped} skipped", flush=True)
+    return 1 if count.failed or count.skipped else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
