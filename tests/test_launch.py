@@ -15,7 +15,7 @@ from patience import PATIENCE_S, until
 from ublkwatch.launch import Launcher
 from ublkwatch.model import TAG_VARIABLE
 
-TAG = "7-1-2"
+TAG = f"7-1-{os.getpid()}"  # two runs of these tests are not to end each other's servers
 SAY = """
 import os, socket, sys, time
 def say(text):

@@ -1,0 +1,42 @@
+"""Documents that lie are bugs: what they list is what the code has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ublkwatch import cli, config
+from ublkwatch.model import Phase, Reason
+
+TOP = Path(__file__).parent.parent
+RECOVERY = (TOP / "docs/recovery.md").read_text()
+README = (TOP / "README.md").read_text()
+ARCHITECTURE = (TOP / "ARCHITECTURE.md").read_text()
+
+
+def test_every_reason_has_its_section_and_no_other_is_there() -> None:
+    headings = re.findall(r"^### (\w+)$", RECOVERY, re.MULTILINE)
+    assert sorted(headings) == sorted(reason.name for reason in Reason)
+
+
+def test_every_phase_is_explained() -> None:
+    table = RECOVERY.split("## Phases")[1].split("Failed attempts")[0]
+    assert re.findall(r"^\| ([a-z_]+) \|", table, re.MULTILINE)[1:] == [p.value for p in Phase]
+
+
+def test_every_setting_that_the_documents_name_exists() -> None:
+    known = {*config.TOP, *config.METRICS, *config.RECOVERY, *config.DEVICE}
+    named = set(re.findall(r"`([a-z]+_[a-z_]*(?:_s|_max))`", RECOVERY + README + ARCHITECTURE))
+    assert named
+    assert named <= known
+
+
+def test_every_exit_code_is_in_the_readme() -> None:
+    codes = {value for name, value in vars(cli).items() if name.startswith("EXIT_")}
+    assert {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)} == codes
+
+
+def test_every_module_is_in_the_architecture() -> None:
+    modules = {path.stem for path in (TOP / "ublkwatch").glob("[a-z]*.py")}
+    rooms = set(re.findall(r"^\|[^|]*\| `(\w+)` \|", ARCHITECTURE, re.MULTILINE))
+    assert rooms == modules
