@@ -14,6 +14,8 @@ from ublkwatch.events import (
     EndAttempt,
     EndReplied,
     Event,
+    FindHolders,
+    HoldersFound,
     InfoMissing,
     InfoRead,
     Kill,
@@ -42,6 +44,7 @@ from ublkwatch.model import (
     ServerId,
 )
 from ublkwatch.recovery import step
+from ublkwatch.status import explanation
 from ublkwatch.uapi import DevFlags, DevState
 
 BOOT = "boot"
@@ -155,12 +158,27 @@ def test_while_the_kernel_drains_it_is_asked_again_and_ever_less_often(story: St
     pauses = []
     for _ in range(200):
         before = story.now
-        assert story.sleep() == [ReadInfo()]
+        assert ReadInfo() in story.sleep()
         pauses.append(story.now - before)
         story.tell(story.read(DevState.LIVE))
     assert pauses[0] <= 0.01
     assert pauses == sorted(pauses)
     assert max(pauses) == story.policy.drain_poll_max_s
+    assert story.wishes.count(FindHolders(1)) == 1  # it has taken long enough to ask who it is
+    story.tell(HoldersFound(1, "/dev/ublkc0 is held by process 7 (cat)"))
+    assert "process 7 (cat)" in explanation(story.record)
+
+
+def test_while_start_is_busy_the_holder_is_named_and_the_failure_names_it_too(
+    story: Story,
+) -> None:
+    story.starting()
+    assert story.sleep() == [FindHolders(1)]
+    story.tell(HoldersFound(1, "no visible holder of /dev/ublkc0"))
+    assert "no visible holder" in explanation(story.record)
+    story.tell(StartReplied(1, errno.EBUSY), AttemptOver(1))
+    assert story.record.reason is Reason.CHAR_DEVICE_BUSY
+    assert story.record.detail == "EBUSY; no visible holder of /dev/ublkc0"
 
 
 # --- detection without a pidfd -------------------------------------------------------------------
@@ -465,7 +483,9 @@ def test_replies_of_another_attempt_change_nothing(story: Story, begin: str) -> 
 
 def test_a_command_that_never_returns_is_a_named_failure(story: Story) -> None:
     story.starting()
-    story.sleep()
+    while story.is_in(Phase.STARTING):
+        story.sleep()
+    assert story.now - story.record.marks[0][1] == story.policy.start_timeout_s + 20
     assert story.record.phase is Phase.STOPPING
     story.tell(AttemptOver(1))
     for _ in range(30):

@@ -29,6 +29,7 @@ RECORD = Record(
     candidate=ServerId(99, 100, "boot"),
     seq=12,
     ready=True,
+    holders="no visible holder of /dev/ublkc3",
     agreed=2,
     armed=Armed.UNSURE,
     lined=True,

@@ -20,7 +20,7 @@ from ublkwatch.events import (
     Spawn,
     WriteLine,
 )
-from ublkwatch.model import Armed, Generation, Phase, Policy, Reason, Record
+from ublkwatch.model import Armed, Generation, Phase, Policy, Reason, Record, errno_name
 
 Step = tuple[Record, tuple[Effect, ...]]
 
@@ -56,6 +56,7 @@ def begin(record: Record, now: float, policy: Policy) -> Step:
         attempts=record.attempts + 1,
         candidate=None,
         ready=False,
+        holders="",
         over=False,
         agreed=0,
     )
@@ -76,12 +77,17 @@ def try_start(record: Record, now: float, policy: Policy) -> Step:
             record,
             Phase.STARTING,
             now,
-            wake=now + policy.start_timeout_s + policy.stop_timeout_s,
+            wake=now + policy.holders_after_s,
             armed=armed,
             pending=True,
         ),
         (SendStart(record.seq),),
     )
+
+
+def start_patience_s(policy: Policy) -> float:
+    """Return how long START may take: its retries while EBUSY, and some time to be answered."""
+    return policy.start_timeout_s + policy.stop_timeout_s
 
 
 def start_replied(record: Record, error: int, now: float, policy: Policy) -> Step:
@@ -109,9 +115,10 @@ def start_replied(record: Record, error: int, now: float, policy: Policy) -> Ste
         return fail(record, Reason.DIED_BEFORE_READY, record.detail, now)
     if error == errno.ENODEV:
         return leave(record, Phase.GONE, now)
-    name = errno.errorcode.get(error, str(error))
+    name = errno_name(error)
+    detail = f"{name}; {record.holders}" if record.holders else name
     reasons = {errno.EBUSY: Reason.CHAR_DEVICE_BUSY, errno.ETIMEDOUT: Reason.NO_ANSWER}
-    return fail(record, reasons.get(error, Reason.START_REFUSED), name, now)
+    return fail(record, reasons.get(error, Reason.START_REFUSED), detail, now)
 
 
 def attach(record: Record, now: float, policy: Policy) -> Step:
@@ -139,7 +146,7 @@ def end_replied(record: Record, error: int, now: float, policy: Policy) -> Step:
         return record, ()
     if error == 0:
         return live(record, now, policy)
-    name = errno.errorcode.get(error, str(error))
+    name = errno_name(error)
     if error == errno.EBUSY:  # maybe LIVE already, by somebody else's END: the state will tell
         return replace(record, detail=name), (ReadInfo(),)
     return fail(record, Reason.END_REFUSED, name, now)

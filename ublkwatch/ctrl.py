@@ -17,14 +17,12 @@ from pathlib import Path
 
 from ublkwatch import uapi
 from ublkwatch.async_ring import AsyncRing, Operation
-from ublkwatch.model import DevInfo
+from ublkwatch.model import DevInfo, errno_name
 from ublkwatch.uapi import Cmd, DevFlags, DevState
 from ublkwatch.uring import Buffer
 
 CONTROL = Path("/dev/ublk-control")
 
-# Python calls number 95 ENOTSUP; the driver's source and everybody else EOPNOTSUPP.
-_NAMES = {**errno.errorcode, errno.EOPNOTSUPP: "EOPNOTSUPP"}
 _MEANING = {
     errno.EPERM: "no CAP_SYS_ADMIN in the initial user namespace",
     errno.ENODEV: "there is no such device",
@@ -41,7 +39,7 @@ class CtrlError(OSError):
 
     def __init__(self, code: int, command: str, dev_id: int | None) -> None:
         """``dev_id`` is None for a command that is about no device."""
-        name = _NAMES.get(code, str(code))
+        name = errno_name(code)
         meaning = _MEANING.get(code, os.strerror(code))
         where = "" if dev_id is None else f" ublk {dev_id}"
         super().__init__(code, f"{command}{where}: {name} ({meaning})")

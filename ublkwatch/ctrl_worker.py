@@ -15,6 +15,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from typing import Any
 
 from ublkwatch.async_ring import AsyncRing
 from ublkwatch.ctrl import CtrlError, UblkCtrl
+
+_log = logging.getLogger("ublkwatch")
 
 _GRACE_S = (
     1.0  # the worker keeps the deadline itself; the daemon waits this much longer for its word
@@ -38,6 +41,7 @@ class Workers:
         """``start`` starts a worker process and returns our end of its line."""
         self._start = start
         self._current: _Line | None = None
+        self._retired: list[_Line] = []  # those that still have something to finish
         self._starting = asyncio.Lock()  # two calls at a time start one worker, not two
         self.retired = 0  # how many, ever
 
@@ -64,26 +68,30 @@ class Workers:
         except TimeoutError:
             answer = {"error": errno.ETIMEDOUT}
         if answer["error"] == errno.ETIMEDOUT:
-            self._retire(line)
+            self._retire(line, command, dev_id)
         if answer["error"]:
             raise CtrlError(answer["error"], command, dev_id)
         return answer
 
     def cancel(self, key: str) -> None:
-        """Interrupt the command of that name, if the current worker has it; its answer comes."""
-        if self._current is not None:
-            self._current.cancel(key)
+        """Interrupt the command of that name, whichever worker has it; its answer comes."""
+        for line in (*self._retired, *([self._current] if self._current else [])):
+            line.cancel(key)
 
     def close(self) -> None:
-        """Let go of the worker: it ends, or, where a command holds it, is left alone."""
-        if self._current is not None:
-            self._current.close()
+        """Let go of the workers: they end, or, where a command holds one, it is left alone."""
+        for line in (*self._retired, *([self._current] if self._current else [])):
+            line.close()
 
-    def _retire(self, line: _Line) -> None:
-        self.retired += 1
-        line.retire()
-        if self._current is line:
+    def _retire(self, line: _Line, command: str, dev_id: int) -> None:
+        if line is self._current:
             self._current = None
+            self.retired += 1
+            self._retired = [other for other in self._retired if not other.closed] + [line]
+            _log.error(
+                "%s ublk %d was not answered: its control worker is retired", command, dev_id
+            )
+        line.retire()
 
 
 class _Line:

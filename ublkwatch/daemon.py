@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,11 @@ class UnavailableError(Exception):
 class Daemon:
     """One run of the supervisor."""
 
-    def __init__(self, settings: Config, store: Store) -> None:
+    def __init__(
+        self, settings: Config, store: Store, wrap: Callable[[Edges], Edges] = lambda edges: edges
+    ) -> None:
+        """``wrap`` may put something between the monitor and its edges, as tests do."""
+        self._wrap = wrap
         self._settings = settings
         self._store = store
         self._dirty = asyncio.Event()
@@ -82,18 +86,19 @@ class Daemon:
             dev_ids=discover.dev_ids,
             instance=partial(discover.instance, boot_id=boot_id),
             holds=server.holds,
+            holders=server.holders,
             publish=self._publish,
             clock=time.monotonic,
             wall=time.time,
         )
         self._monitor = Monitor(
-            edges,
+            self._wrap(edges),
             Policy(generation=Generation.of(features), **self._settings.recovery),  # type: ignore[arg-type]
             dict(self._settings.commands),
             self._store.load_records(),
             self._store.load_specs(),
         )
-        self._metrics = Metrics(self._monitor.records)
+        self._metrics = Metrics(self._monitor.records, lambda: workers.retired)
         page = Page(self._metrics)
         try:
             await workers.prepare()

@@ -44,6 +44,7 @@ async def follow_uevents(look: Callable[[], None]) -> None:
     last = None
     async with AsyncUeventSocket() as socket:
         await socket.bind(groups=_KERNEL_GROUP)
+        look()  # what came before is lost, as in a gap
         while True:
             async for message in socket.get():
                 number = int(message.get("SEQNUM", 0))

@@ -78,6 +78,14 @@ class AttemptOver:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldersFound:
+    """Somebody looked who has the character device open; ``who`` is for people."""
+
+    seq: int
+    who: str
+
+
+@dataclass(frozen=True, slots=True)
 class Woken:
     """The time that the record asked for has come."""
 
@@ -99,6 +107,7 @@ Event = (
     | StartReplied
     | EndReplied
     | AttemptOver
+    | HoldersFound
     | Woken
     | Resumed
 )
@@ -163,13 +172,31 @@ class EndAttempt:
 
 
 @dataclass(frozen=True, slots=True)
+class FindHolders:
+    """Look who has the character device open, for people to know."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
 class Kill:
     """SIGKILL this process; its ServerExited follows."""
 
     server: ServerId
 
 
-Effect = ReadInfo | Watch | Spawn | SendStart | WriteLine | SendEnd | Cancel | EndAttempt | Kill
+Effect = (
+    ReadInfo
+    | Watch
+    | Spawn
+    | SendStart
+    | WriteLine
+    | SendEnd
+    | Cancel
+    | EndAttempt
+    | FindHolders
+    | Kill
+)
 
 
 @dataclass(frozen=True, slots=True)

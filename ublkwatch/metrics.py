@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
@@ -34,12 +34,17 @@ _REQUEST_MAX = 8192
 class Metrics:
     """Everything that a scrape shows."""
 
-    def __init__(self, records: Callable[[], Iterable[Record]]) -> None:
-        """Make the registry; ``records`` returns the devices as they are known at the moment."""
+    def __init__(
+        self, records: Callable[[], Iterable[Record]], retired: Callable[[], int] = int
+    ) -> None:
+        """Make the registry; ``records`` returns the devices as they are known at the moment.
+
+        ``retired`` returns how many control workers were retired so far.
+        """
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._records = records
         self.registry = CollectorRegistry()
-        self.registry.register(_Devices(records))
+        self.registry.register(_Devices(records, retired))
         self._recoveries = Counter(
             "ublkwatch_recoveries",
             "Outages by how they ended: recovered by us, or given up.",
@@ -103,8 +108,9 @@ class Metrics:
 
 
 class _Devices(Collector):
-    def __init__(self, records: Callable[[], Iterable[Record]]) -> None:
+    def __init__(self, records: Callable[[], Iterable[Record]], retired: Callable[[], int]) -> None:
         self._records = records
+        self._retired = retired
 
     def describe(self) -> list[Metric]:
         return []  # registering is not scraping
@@ -145,7 +151,12 @@ class _Devices(Collector):
             info.add_metric(
                 [], {"device": device, "dev_id": str(record.dev_id), "recovery_mode": mode}
             )
-        return [build, info, state, phase, up]
+        retired = CounterMetricFamily(
+            "ublkwatch_control_workers_retired",
+            "Control workers given up because a command of theirs was not answered in time.",
+            value=self._retired(),
+        )
+        return [build, info, state, phase, up, retired]
 
 
 class Page:

@@ -7,6 +7,7 @@ record, policy, spec and attempt are ours (ARCHITECTURE.md has the list). All ti
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 
@@ -165,6 +166,7 @@ class Record:
     candidate: ServerId | None = None  # the new server of this attempt
     seq: int = 0  # names an attempt; never used twice for a device
     ready: bool = False  # the candidate said READY=1
+    holders: str = ""  # who has the character device open, where that is what we wait for
     agreed: int = 0  # reads in a row that said QUIESCED or FAIL_IO
     armed: Armed = Armed.NO
     lined: bool = False  # a line was written since the last START: G2 counts that as half attached
@@ -202,3 +204,10 @@ class Policy:
     probation_s: float = 1.0
     drain_poll_s: float = 0.002
     drain_poll_max_s: float = 0.25
+    holders_after_s: float = 2.0  # when waiting for the character device begins to need a reason
+
+
+def errno_name(code: int) -> str:
+    """Return an errno's name, or the number where it has none."""
+    # Python calls number 95 ENOTSUP; the driver's source and everybody else EOPNOTSUPP.
+    return "EOPNOTSUPP" if code == errno.EOPNOTSUPP else errno.errorcode.get(code, str(code))

@@ -21,6 +21,8 @@ from ublkwatch.events import (
     EndAttempt,
     EndReplied,
     Event,
+    FindHolders,
+    HoldersFound,
     Kill,
     ReadInfo,
     SendEnd,
@@ -98,6 +100,7 @@ class Edges:
     dev_ids: Callable[[], set[int]]
     instance: Callable[[int], str | None]
     holds: Callable[[int, str], bool]
+    holders: Callable[[str], str]
     publish: Callable[[Transition], None]
     clock: Callable[[], float]
     wall: Callable[[], float]
@@ -155,6 +158,8 @@ class Performer:
                 self.spawn(dev_id, self._send_end(record, effect.pid))
             case Cancel():
                 edges.workers.cancel(tag)
+            case FindHolders():
+                self.spawn(dev_id, self._find_holders(record))
             case EndAttempt():
                 self.spawn(dev_id, self._end_attempt(record))
 
@@ -256,6 +261,10 @@ class Performer:
             self._edges.launcher.write_line(tag_of(record), json.dumps(line))
         except OSError as error:
             _log.error("ublk %d: line of attempt %d: %s", record.dev_id, record.seq, error)
+
+    async def _find_holders(self, record: Record) -> None:
+        who = await asyncio.to_thread(self._edges.holders, f"/dev/ublkc{record.dev_id}")
+        self._monitor.post(record.dev_id, HoldersFound(record.seq, who))
 
     async def _end_attempt(self, record: Record) -> None:
         try:

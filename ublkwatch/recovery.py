@@ -32,6 +32,8 @@ from ublkwatch.events import (
     EndAttempt,
     EndReplied,
     Event,
+    FindHolders,
+    HoldersFound,
     InfoMissing,
     InfoRead,
     Kill,
@@ -74,7 +76,15 @@ def step(record: Record, event: Event, now: float, policy: Policy) -> Step:
             return _on_woken(record, now, policy)
         case Resumed():
             return _on_resumed(record, event.candidate, now, policy)
-        case Spawned() | Ready() | SpawnFailed() | StartReplied() | EndReplied() | AttemptOver():
+        case (
+            Spawned()
+            | Ready()
+            | SpawnFailed()
+            | StartReplied()
+            | EndReplied()
+            | AttemptOver()
+            | HoldersFound()
+        ):
             if event.seq != record.seq:
                 return record, ()
             return _on_reply(record, event, now, policy)
@@ -216,7 +226,7 @@ def _recovered(record: Record, now: float) -> Record:
 
 def _on_reply(
     record: Record,
-    event: Spawned | Ready | SpawnFailed | StartReplied | EndReplied | AttemptOver,
+    event: Spawned | Ready | SpawnFailed | StartReplied | EndReplied | AttemptOver | HoldersFound,
     now: float,
     policy: Policy,
 ) -> Step:
@@ -232,6 +242,8 @@ def _on_reply(
             return attempt.try_start(replace(record, ready=True), now, policy)
         case SpawnFailed() if draining:
             return attempt.fail(record, Reason.SPAWN_FAILED, event.why, now)
+        case HoldersFound() if record.phase in (Phase.DRAINING, Phase.STARTING):
+            return replace(record, holders=event.who), ()
         case AttemptOver() if record.phase is Phase.STOPPING:
             return attempt.settle(replace(record, over=True), now, policy)
     return record, ()
@@ -270,8 +282,10 @@ def _on_woken(record: Record, now: float, policy: Policy) -> Step:
         case Phase.DRAINING if waited >= policy.drain_timeout_s:
             return _undrained(record, now, policy)
         case Phase.DRAINING:
-            pause = min(policy.drain_poll_max_s, max(policy.drain_poll_s, waited / 16))
-            return replace(record, wake=now + pause), (ReadInfo(),)
+            return _ask_again(record, now, policy)
+        case Phase.STARTING if waited < attempt.start_patience_s(policy):
+            wake = record.since + attempt.start_patience_s(policy)
+            return replace(record, wake=wake), (FindHolders(record.seq),)
         case Phase.STARTING:
             unsure = replace(record, armed=Armed.UNSURE)
             return attempt.fail(unsure, Reason.NO_ANSWER, "START_USER_RECOVERY", now)
@@ -289,6 +303,17 @@ def _on_woken(record: Record, now: float, policy: Policy) -> Step:
     return replace(record, wake=None), ()
 
 
+def _ask_again(record: Record, now: float, policy: Policy) -> Step:
+    """Poll while the kernel drains; once it takes long, find out who is in the way."""
+    waited = now - record.since
+    pause = min(policy.drain_poll_max_s, max(policy.drain_poll_s, waited / 16))
+    record = replace(record, wake=now + pause)
+    if waited < policy.holders_after_s or record.holders:
+        return record, (ReadInfo(),)
+    record = replace(record, holders="looking who holds the character device")
+    return record, (ReadInfo(), FindHolders(record.seq))
+
+
 def _undrained(record: Record, now: float, policy: Policy) -> Step:
     """Name what the kernel's not letting go means."""
     live = record.info is not None and record.info.state is DevState.LIVE
@@ -297,6 +322,7 @@ def _undrained(record: Record, now: float, policy: Policy) -> Step:
         return attempt.fail(record, Reason.LIVE_WITHOUT_SERVER, "", now)
     pid = record.info.ublksrv_pid if record.info else None
     detail = f"LIVE with ublksrv_pid {pid}" if live else ""
+    detail = "; ".join(part for part in (detail, record.holders) if part)
     return attempt.fail(record, Reason.NOT_QUIESCED, detail, now)
 
 
@@ -328,7 +354,7 @@ def _on_resumed(record: Record, candidate: ServerId | None, now: float, policy: 
             return record, watch + effects
         case Phase.STARTING if candidate:
             # The attempt's START again: G3 does not mind, G2's answer tells whether it was taken.
-            wake = now + policy.start_timeout_s + policy.stop_timeout_s
+            wake = now + policy.holders_after_s
             return replace(record, wake=wake, pending=True), (*watch, SendStart(record.seq))
         case Phase.ATTACHING if candidate:
             # A server reads one line only: a second one does no harm, a missing one would.

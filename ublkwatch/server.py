@@ -127,6 +127,18 @@ def holds(pid: int, node: str) -> bool:
     return False
 
 
+def holders(node: str) -> str:
+    """Name the processes that have that device node open, for people; slow, for a thread."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if holds(process.pid, node):
+                found.append(f"{process.pid} ({process.name()})")
+    if not found:
+        return f"no visible holder of {node}"
+    return f"{node} is held by process {', '.join(found[:8])}"
+
+
 def _start_ticks(pid: int) -> int | None:
     """Return field 22 of /proc/PID/stat; the command's name before it may hold anything."""
     try:

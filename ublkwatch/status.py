@@ -78,7 +78,10 @@ def explanation(record: Record) -> str:
     """Say in one line why the device is not simply watched; empty when it is."""
     detail = f" ({record.detail})" if record.detail else ""
     if record.phase is Phase.DRAINING and record.ready:
-        return "the new server is ready; waiting for the kernel to let go of the old one"
+        waits = "the new server is ready; waiting for the kernel to let go of the old one"
+        return f"{waits}: {record.holders}" if record.holders else waits
+    if record.phase is Phase.STARTING and record.holders:
+        return f"START_USER_RECOVERY is sent again while EBUSY: {record.holders}"
     if record.reason and record.phase is not Phase.WATCHING:
         return f"{record.reason.value}{detail}"
     return ""

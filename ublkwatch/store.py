@@ -112,7 +112,9 @@ class Store:
         if not self._history.exists():
             return []
         with contextlib.closing(sqlite3.connect(self._history, timeout=10)) as db:
-            return [json.loads(row[0]) for row in db.execute("SELECT entry FROM recoveries")]
+            return [
+                json.loads(row[0]) for row in db.execute("SELECT entry FROM recoveries ORDER BY id")
+            ]
 
     def write_status(self, document: str) -> None:
         """Replace the status document, which everybody may read."""
