@@ -92,6 +92,13 @@ def test_a_guest_writes_what_it_was_given_and_nothing_else(tmp_path: Path) -> No
     assert not Path("/lab-leak").exists()
 
 
+def test_the_guest_keeps_bytecode_whatever_the_caller_does() -> None:
+    script = "echo ${PYTHONDONTWRITEBYTECODE-unset} ${KEPT-unset}"
+    environment = {"PYTHONDONTWRITEBYTECODE": "1", "KEPT": "kept"}
+    done = lab("run", "--", "/bin/sh", "-c", script, environment=environment)
+    assert done.stdout.split() == [b"unset", b"kept"], done.stderr.decode()
+
+
 def test_a_command_that_takes_too_long_is_killed() -> None:
     done = lab("run", "--timeout", "1.5", "--", "/bin/sh", "-c", "echo up; sleep 1000")
     assert done.returncode == 124
@@ -137,6 +144,39 @@ def test_what_is_missing_is_named_with_the_command_that_brings_it(tmp_path: Path
     assert done.returncode == 125
     assert b"lab.py setup --kernel lts" in done.stderr
     assert done.stderr.count(b"\n") == 1
+
+
+def test_headers_are_where_the_verb_says_and_only_setup_fetches_them(tmp_path: Path) -> None:
+    done = lab("headers", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    assert (Path(done.stdout.decode().strip()) / "linux/ublk_cmd.h").is_file()
+    done = lab("headers", environment={"UBLKWATCH_LAB_CACHE": str(tmp_path)})
+    assert done.returncode == 125
+    assert done.stdout == b""
+    assert done.stderr.count(b"\n") == 1
+    assert b"lab.py setup" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_setup_without_a_network_ends_in_one_line_that_says_what_to_repeat(
+    tmp_path: Path,
+) -> None:
+    apt, cache = tmp_path / "apt-get", tmp_path / "cache"
+    apt.write_text(
+        "#!/bin/sh\necho 'W: So it goes' >&2\necho 'E: Failed to fetch it' >&2\n"
+        "echo 'E: Some index files failed to download.' >&2\nexit 100\n"
+    )
+    apt.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    environment = {"UBLKWATCH_LAB_CACHE": str(cache), "PATH": path}
+    done = lab("setup", "--kernel", "new", environment=environment)
+    assert done.returncode == 125
+    progress, last = done.stderr.decode().splitlines()
+    assert progress.startswith("lab: reading package lists of ")
+    assert last.startswith("lab: could not fetch busybox, headers, kernel new: ")
+    assert "Failed to fetch it" in last
+    assert last.endswith("lab.py setup --kernel new")
+    assert [path.name for path in cache.iterdir()] == ["lock"]
 
 
 @pytest.mark.skipif(Path("/dev/ublk-control").exists(), reason="this host has the driver")

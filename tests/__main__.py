@@ -72,6 +72,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="ublkwatch-tests-", dir="/var/tmp") as name:
             results = Path(name)
             count.pytest("tests", ["--ignore=tests/kernel", "tests"], results)
+            count.pytest("lab", ["lab"], results)
             for kernel in KERNELS:
                 lab = [PYTHON, "lab/lab.py", "run", "--kernel", kernel, "--cpus", "2"]
                 lab += ["--timeout", str(KERNEL_TESTS_S), "--rw", name, "--"]
