@@ -13,7 +13,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
-from supervisor import Supervisor
+from supervisor import SERVER, Supervisor
 
 from ublkwatch.async_ring import AsyncRing
 from ublkwatch.ctrl import CtrlError, UblkCtrl
@@ -33,7 +32,6 @@ T = TypeVar("T")
 HERE = Path(__file__).parent
 CHAR_DEVICES = Path("/sys/class/ublk-char")
 TRACING = Path("/sys/kernel/tracing")
-SERVER = (sys.executable, "-m", "ublkwatch.demo.server")
 # Emulated, and with the other tests' guests beside it, a machine is slow: this bounds only hangs.
 DEADLINE_S = 60.0
 POLL_S = 0.01
@@ -487,14 +485,16 @@ def watch(tmp_path: Path, server: Servers) -> Iterator[Callable[..., Supervisor]
     """Start ublkwatch over servers of these targets by device; it and they are ended again."""
     started: list[Supervisor] = []
 
-    def start(targets: dict[int, str | list[str]], recovery: str = "") -> Supervisor:
+    def start(
+        targets: dict[int, str | list[str]], recovery: str = "", command: tuple[str, ...] = ()
+    ) -> Supervisor:
         home = tmp_path / f"ublkwatch-{len(started)}"
         home.mkdir()
         commands = {
             dev_id: [*SERVER, *(server.target(kind) if isinstance(kind, str) else kind)]
             for dev_id, kind in targets.items()
         }
-        started.append(Supervisor(home, commands, recovery))
+        started.append(Supervisor(home, commands, recovery, command))
         return started[-1].start()
 
     yield start

@@ -9,22 +9,49 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from ublkwatch.model import TAG_VARIABLE
+
 DEADLINE_S = 60.0
+SERVER = (sys.executable, "-m", "ublkwatch.demo.server")
 UBLKWATCH = (sys.executable, "-m", "ublkwatch")
+
+
+def processes(matching: Callable[[psutil.Process], bool]) -> set[int]:
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if matching(process):
+                found.add(process.pid)
+    return found
+
+
+def tagged() -> set[int]:
+    """Return the pids of all servers that ublkwatch started."""
+    return processes(lambda process: TAG_VARIABLE in process.environ())
 
 
 class Supervisor:
     """One configuration; start() and stop() may be repeated."""
 
-    def __init__(self, home: Path, commands: dict[int, list[str]], recovery: str = "") -> None:
+    def __init__(
+        self,
+        home: Path,
+        commands: dict[int, list[str]],
+        recovery: str = "",
+        command: tuple[str, ...] = (),
+    ) -> None:
+        """``command`` is what is run instead of `ublkwatch run --config`, as long as it is set."""
         self.home = home
         self.config = home / "ublkwatch.toml"
         self.log = home / "ublkwatch.log"
+        self.command = command
         self.proc: subprocess.Popen[bytes] | None = None
         self.config.write_text(
             f'runtime_dir = "{home}/run"\nstate_dir = "{home}/state"\npoll_interval_s = 0.5\n'
@@ -38,7 +65,7 @@ class Supervisor:
     def start(self) -> Supervisor:
         with self.log.open("ab") as log:
             self.proc = subprocess.Popen(
-                [*UBLKWATCH, "run", "--config", str(self.config)], stderr=log
+                [*(self.command or (*UBLKWATCH, "run", "--config")), str(self.config)], stderr=log
             )
         return self
 
@@ -92,6 +119,28 @@ class Supervisor:
                 return
             time.sleep(0.02)
         pytest.fail(f"ublk {dev_id} is still shown: {self.device(dev_id)}\n{self.said()}")
+
+    def until_said(self, text: str) -> None:
+        self._until(lambda: text in self.said(), f"it says {text!r}")
+
+    def until_exists(self, path: Path) -> None:
+        self._until(path.exists, f"{path} exists")
+
+    def until_no_workers(self) -> None:
+        """Wait until no control worker is left, of whatever supervisor."""
+
+        def none() -> bool:
+            worker = "ublkwatch.ctrl_worker"
+            return not processes(lambda p: worker in p.cmdline() and p.status() != "zombie")
+
+        self._until(none, "no control worker is left")
+
+    def _until(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            if time.monotonic() > deadline:
+                pytest.fail(f"not in time: {what}\n{self.said()}")
+            time.sleep(0.05)
 
     def watching(self, dev_id: int = 0) -> dict[str, Any]:
         return self.until(f"ublk {dev_id} watched", dev_id, phase="watching", state="LIVE")

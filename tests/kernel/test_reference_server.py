@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from conftest import (
     DEADLINE_S,
-    SERVER,
     Attaching,
     Control,
     KernelLog,
@@ -18,6 +17,7 @@ from conftest import (
     Servers,
     wait_until,
 )
+from supervisor import SERVER
 
 from ublkwatch.ctrl import CtrlError
 from ublkwatch.demo.faults import CRASHED

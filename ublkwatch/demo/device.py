@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import mmap
@@ -243,4 +244,7 @@ def say_ready() -> None:
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
             name = "\0" + address[1:] if address.startswith("@") else address
-            sender.sendto(b"READY=1", name)
+            # A supervisor that is being restarted does not hear it, and will not need to: the
+            # line comes all the same.
+            with contextlib.suppress(OSError):
+                sender.sendto(b"READY=1", name)

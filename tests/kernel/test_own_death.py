@@ -1,0 +1,86 @@
+"""ublkwatch is SIGKILLed at each point of a recovery, and started again, as systemd would."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+from dying import POINTS
+from supervisor import Supervisor, tagged
+
+if TYPE_CHECKING:
+    from conftest import Load, Servers
+
+    Watch = Callable[..., Supervisor]
+
+DYING = (sys.executable, str(Path(__file__).with_name("dying.py")))
+
+
+@pytest.mark.usefixtures("no_block_errors")
+@pytest.mark.parametrize("point", POINTS)
+def test_a_recovery_is_finished_by_the_next_ublkwatch(
+    server: Servers, watch: Watch, fio: Load, tmp_path: Path, point: str
+) -> None:
+    starts = tmp_path / "starts"
+    starts.write_text("none\n" * 5)  # a server takes away one line when it starts
+    server(target="ram", depth=8)
+    command = [*server.target("ram"), "--fault-file", str(starts)]
+    supervisor = watch({0: command}, command=(*DYING, point))
+    supervisor.watching()
+    writer = fio(size="4m", verify_backlog=64, time_based=1, runtime=3600)
+    writer.wait_progress()
+    before = supervisor.kill_server()
+    assert supervisor.proc is not None
+    assert supervisor.proc.wait(90) == -signal.SIGKILL, supervisor.said()
+    supervisor.command = ()
+    supervisor.start()
+    after = supervisor.recovered(before)
+    assert tagged() == {after["server_pid"]}  # one server, and no stray
+    assert len(starts.read_text().splitlines()) == 4  # one was started, and no second
+    writer.wait_progress()
+    writer.interrupt()
+    writer.report()
+
+
+def test_what_comes_after_the_recovery_is_watched_as_ever(server: Servers, watch: Watch) -> None:
+    server()
+    supervisor = watch({0: "null"})
+    for _ in range(2):
+        before = supervisor.watching()
+        supervisor.kill()
+        supervisor.start()
+        assert supervisor.watching()["server_pid"] == before["server_pid"]
+        supervisor.recovered(supervisor.kill_server())
+
+
+def test_a_supervisor_that_was_stopped_for_a_minute_does_nothing_wrong_afterwards(
+    server: Servers, watch: Watch
+) -> None:
+    server()
+    supervisor = watch({0: "null"})
+    before = supervisor.watching()
+    assert supervisor.proc is not None
+    os.kill(supervisor.proc.pid, signal.SIGSTOP)
+    with pytest.raises(psutil.TimeoutExpired):
+        psutil.Process(before["server_pid"]).wait(60)  # it lives on, for that minute
+    os.kill(supervisor.proc.pid, signal.SIGCONT)
+    supervisor.recovered(supervisor.kill_server())
+    assert supervisor.said().count("-> draining") == 1
+
+
+def test_a_clock_that_steps_changes_nothing(server: Servers, watch: Watch) -> None:
+    server()
+    supervisor = watch({0: "null"})
+    supervisor.watching()
+    for step_s in (7200, -7200):
+        time.clock_settime(time.CLOCK_REALTIME, time.time() + step_s)
+        after = supervisor.recovered(supervisor.kill_server())
+        assert 0 < after["last_held_s"] < 60
+    assert supervisor.said().count("-> draining") == 2
