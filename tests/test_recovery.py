@@ -43,7 +43,7 @@ from ublkwatch.model import (
     Record,
     ServerId,
 )
-from ublkwatch.recovery import step
+from ublkwatch.recovery import delayed, step
 from ublkwatch.status import explanation
 from ublkwatch.uapi import DevFlags, DevState
 
@@ -492,6 +492,15 @@ def test_a_command_that_never_returns_is_a_named_failure(story: Story) -> None:
         if story.record.wake is not None:
             story.sleep()
     assert (story.record.phase, story.record.reason) == (Phase.FAILED, Reason.NO_ANSWER)
+
+
+def test_time_in_which_we_slept_counts_for_no_deadline(story: Story) -> None:
+    story.attaching()
+    story.now += 3600
+    story.record = delayed(story.record, 3600)
+    assert story.tell(Woken()) == []
+    assert story.record.phase is Phase.ATTACHING
+    assert story.sleep() == [Cancel(1), EndAttempt(1)]  # and then it counts again
 
 
 # --- our own death -------------------------------------------------------------------------------

@@ -58,13 +58,13 @@ UNREAD = Record(dev_id=3, instance="boot/4", phase=Phase.WATCHING, since=NOW)
 TABLE = """\
 4 devices, 2 watched and LIVE
 
-DEVICE   STATE     PHASE     SERVER  QUEUES  I/O MODE  RECOVERIES  HELD
-ublkb7   LIVE      observed  1007    2x128   none      0           -
+DEVICE   STATE     PHASE     SERVER  QUEUES  I/O ON A CRASH  RECOVERIES  HELD
+ublkb7   LIVE      observed  1007    2x128   disk removed    0           -
     not recoverable: created without UBLK_F_USER_RECOVERY
-ublkb12  QUIESCED  backoff   -       2x128   recovery  0           -
+ublkb12  QUIESCED  backoff   -       2x128   EIO, waits      0           -
     the server ended before it was ready (exit status 1: no file)
-ublkb0   LIVE      watching  1000    2x128   reissue   3           42 ms
-ublkb3   ?         watching  -       ?       ?         0           -"""
+ublkb0   LIVE      watching  1000    2x128   resent, waits   3           42 ms
+ublkb3   ?         watching  -       ?       ?               0           -"""
 
 
 def document(*records: Record, policy: Policy | None = None) -> dict[str, Any]:

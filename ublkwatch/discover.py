@@ -7,10 +7,12 @@ change of state), and a gap in their sequence numbers leads to a new look at eve
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _SYSFS = Path("/sys")
 _KERNEL_GROUP = 1  # uevents as the kernel sends them; group 2 repeats udevd's view of them
@@ -37,12 +39,17 @@ def instance(dev_id: int, boot_id: str, sysfs: Path = _SYSFS) -> str | None:
     return f"{boot_id}/{diskseq}"
 
 
-async def follow_uevents(look: Callable[[], None]) -> None:
-    """Call ``look`` when a ublk device came or went, and when uevents were lost. Endless."""
+def _load_pyroute2() -> Any:
     from pyroute2.netlink.uevent import AsyncUeventSocket  # noqa: PLC0415 - see above
 
+    return AsyncUeventSocket
+
+
+async def follow_uevents(look: Callable[[], None]) -> None:
+    """Call ``look`` when a ublk device came or went, and when uevents were lost. Endless."""
     last = None
-    async with AsyncUeventSocket() as socket:
+    socket_type = await asyncio.to_thread(_load_pyroute2)  # the loop has more to do than to wait
+    async with socket_type() as socket:
         await socket.bind(groups=_KERNEL_GROUP)
         look()  # what came before is lost, as in a gap
         while True:

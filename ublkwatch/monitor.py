@@ -32,6 +32,7 @@ from ublkwatch.uapi import DevState
 _log = logging.getLogger("ublkwatch")
 
 _SAVE_RETRY_S = 1.0
+_STALL_S = 2.0  # without a turn of the loop, beyond the poll's interval
 _HOUSEKEEPING_S = 5.0
 
 
@@ -57,6 +58,8 @@ class Monitor:
         self._timers: dict[int, asyncio.TimerHandle] = {}
         self._performer = Performer(edges, policy, commands, specs, self)
         self._look = asyncio.Event()
+        self._interval_s = 0.0
+        self._ran = edges.clock()
         self.polls = 0
 
     # --- what others see -------------------------------------------------------------------------
@@ -97,6 +100,7 @@ class Monitor:
 
     async def run(self, poll_interval_s: float) -> None:
         """Watch, for ever; cancel it to stop. The servers live on."""
+        self._interval_s, self._ran = poll_interval_s, self._edges.clock()
         poll = asyncio.create_task(self._poll_for_ever(poll_interval_s))
         try:
             while True:
@@ -117,6 +121,8 @@ class Monitor:
         if before is None:
             return
         now = self._edges.clock()
+        self._notice_stall(now)
+        before = self._records[dev_id]
         try:
             after, effects = recovery.step(before, event, now, self.policy(dev_id))
         except Exception as error:  # noqa: BLE001 - a bug in it harms this device only
@@ -136,6 +142,16 @@ class Monitor:
             self._edges.publish(Transition(self._edges.wall(), now, before, after, name, effects))
         if after.phase is Phase.WATCHING and before.phase is not Phase.WATCHING:
             self._performer.spawn(dev_id, self._performer.learn_early(after))
+
+    def _notice_stall(self, now: float) -> None:
+        """Give every deadline back the time in which we did not run; the poll keeps the beat."""
+        slept_s = now - self._ran - self._interval_s
+        self._ran = now
+        if slept_s > _STALL_S:
+            _log.warning("did not run for %.1f s; all deadlines are put off", slept_s)
+            for dev_id, record in self._records.items():
+                self._records[dev_id] = recovery.delayed(record, slept_s)
+                self._arm(self._records[dev_id])
 
     def _commit(self, before: Record, after: Record, dev_id: int, event: Event) -> bool:
         if _lasting(before) == _lasting(after) or after.phase is Phase.GONE:
@@ -188,6 +204,7 @@ class Monitor:
         housekeeping = 0.0
         while True:
             self._look.clear()
+            self._notice_stall(self._edges.clock())
             ids = self._edges.dev_ids() | self._records.keys() | self._former.keys()
             await asyncio.gather(*(self.read(dev_id) for dev_id in ids))
             self.polls += 1

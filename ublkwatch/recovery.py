@@ -90,6 +90,16 @@ def step(record: Record, event: Event, now: float, policy: Policy) -> Step:
             return _on_reply(record, event, now, policy)
 
 
+def delayed(record: Record, by_s: float) -> Record:
+    """Return the record as if its phase had begun later: time in which we slept counts for nobody.
+
+    After a SIGSTOP, a suspend or a long stall every deadline has passed, and none of them says
+    anything about a server. What was held is still held: the marks stay.
+    """
+    wake = None if record.wake is None else record.wake + by_s
+    return replace(record, since=record.since + by_s, wake=wake)
+
+
 # --- what the kernel reports ---------------------------------------------------------------------
 
 

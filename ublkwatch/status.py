@@ -23,6 +23,14 @@ PROMISE = {
     RecoveryMode.FAIL_IO: "in flight: EIO; meanwhile: EREMOTEIO",
 }
 
+# The same for the table: what was in flight, what comes meanwhile.
+_SHORT = {
+    "none": "disk removed",
+    "recovery": "EIO, waits",
+    "reissue": "resent, waits",
+    "fail_io": "EIO, EREMOTEIO",
+}
+
 
 def state_name(state: DevState | int) -> str:
     """Return the kernel's name of a state, or its number if it is a new one."""
@@ -87,7 +95,7 @@ def explanation(record: Record) -> str:
     return ""
 
 
-_COLUMNS = ("DEVICE", "STATE", "PHASE", "SERVER", "QUEUES", "I/O MODE", "RECOVERIES", "HELD")
+_COLUMNS = ("DEVICE", "STATE", "PHASE", "SERVER", "QUEUES", "I/O ON A CRASH", "RECOVERIES", "HELD")
 
 
 def table(status: dict[str, Any], *, running: bool, wall: float | None = None) -> str:
@@ -119,7 +127,7 @@ def _row(device: dict[str, Any]) -> tuple[str, ...]:
         device["phase"],
         str(device["server_pid"] or "-"),
         f"{device['queues']}x{device['depth']}" if device["queues"] else "?",
-        device["recovery_mode"] or "?",
+        _SHORT.get(device["recovery_mode"], "?"),
         str(device["recoveries"]),
         "-" if held is None else f"{held * 1000:.0f} ms",
     )

@@ -85,6 +85,10 @@ class Supervisor:
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
 
+    def said_of(self, dev_id: int) -> list[str]:
+        """Return the lines of its log that are about this device."""
+        return [line for line in self.said().splitlines() if f" ublk {dev_id}: " in line]
+
     # --- what it shows ---------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
@@ -101,10 +105,18 @@ class Supervisor:
 
     def until(self, what: str, dev_id: int = 0, **wanted: object) -> dict[str, Any]:
         """Wait until the device's document has these values, and return it."""
+        return self.until_true(
+            what, lambda now: all(now[key] == value for key, value in wanted.items()), dev_id
+        )
+
+    def until_true(
+        self, what: str, holds: Callable[[dict[str, Any]], bool], dev_id: int = 0
+    ) -> dict[str, Any]:
+        """Wait until ``holds`` is true of the device's document, and return it."""
         deadline = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline:
             now = self.device(dev_id)
-            if now is not None and all(now[key] == value for key, value in wanted.items()):
+            if now is not None and holds(now):
                 return now
             if self.proc is not None and self.proc.poll() is not None:
                 break
@@ -125,6 +137,9 @@ class Supervisor:
 
     def until_exists(self, path: Path) -> None:
         self._until(path.exists, f"{path} exists")
+
+    def until_empty(self, path: Path) -> None:
+        self._until(lambda: not path.read_text(), f"{path} is empty")
 
     def until_no_workers(self) -> None:
         """Wait until no control worker is left, of whatever supervisor."""

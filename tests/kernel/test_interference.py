@@ -32,11 +32,13 @@ def test_somebody_elses_recovery_wins_the_race_and_is_adopted(
     server: Servers, watch: Watch, control: Control, tmp_path: Path
 ) -> None:
     server()
-    supervisor = watch({0: faulty(server, tmp_path, "hang-at-start")}, "ready_timeout_s = 60")
+    command = faulty(server, tmp_path, "hang-at-start")
+    supervisor = watch({0: command}, "ready_timeout_s = 60")
     supervisor.watching()
     rival = server.attach().wait_ready()
     supervisor.kill_server()
     supervisor.until("draining", phase="draining")
+    supervisor.until_empty(Path(command[-1]))  # its new server hangs now, and has not by chance
     control.start_user_recovery(0)
     rival.write_line(control.line(0))
     control.end_user_recovery(0, rival.pid)

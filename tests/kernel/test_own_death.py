@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -73,6 +74,29 @@ def test_a_supervisor_that_was_stopped_for_a_minute_does_nothing_wrong_afterward
     os.kill(supervisor.proc.pid, signal.SIGCONT)
     supervisor.recovered(supervisor.kill_server())
     assert supervisor.said().count("-> draining") == 1
+
+
+def test_a_stall_of_all_of_us_in_the_middle_of_a_recovery_costs_no_attempt(
+    server: Servers, watch: Watch, tmp_path: Path
+) -> None:
+    """As a suspend would: when time goes on, every deadline has passed, and nobody is to blame."""
+    faults = tmp_path / "faults"
+    faults.write_text("none\n")
+    server()
+    command = [*server.target("null"), "--fault-file", str(faults)]
+    supervisor = watch({0: command}, "ready_timeout_s = 20")
+    before = supervisor.kill_server()
+    supervisor.until("a server starts", phase="draining")
+    assert supervisor.proc is not None
+    family = {supervisor.proc.pid} | tagged()
+    for pid in family:
+        os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        supervisor.proc.wait(25)
+    for pid in family:
+        os.kill(pid, signal.SIGCONT)
+    assert supervisor.recovered(before)["attempts"] == 1
+    assert "all deadlines are put off" in supervisor.said()
 
 
 def test_a_clock_that_steps_changes_nothing(server: Servers, watch: Watch) -> None:
