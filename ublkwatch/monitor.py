@@ -125,18 +125,18 @@ class Monitor:
         before = self._records[dev_id]
         try:
             after, effects = recovery.step(before, event, now, self.policy(dev_id))
-        except Exception as error:  # noqa: BLE001 - a bug in it harms this device only
+            if not self._commit(before, after, dev_id, event):
+                return
+            self._records[dev_id] = after
+            if after.phase is Phase.GONE:
+                self._forget(dev_id)
+            else:
+                self._arm(after)
+                for effect in effects:
+                    self._performer.perform(after, effect)
+        except Exception as error:  # noqa: BLE001 - a bug harms this device only
             self.quarantine(dev_id, error)
             return
-        if not self._commit(before, after, dev_id, event):
-            return
-        self._records[dev_id] = after
-        if after.phase is Phase.GONE:
-            self._forget(dev_id)
-        else:
-            self._arm(after)
-            for effect in effects:
-                self._performer.perform(after, effect)
         if (before.phase, before.reason, before.seq) != (after.phase, after.reason, after.seq):
             name = type(event).__name__
             self._edges.publish(Transition(self._edges.wall(), now, before, after, name, effects))

@@ -153,7 +153,11 @@ class Performer:
             case SendStart():
                 self.spawn(dev_id, self._send_start(record))
             case WriteLine():
-                self._write_line(record)
+                spec = self._specs.get(dev_id)
+                if spec is not None and spec.instance == record.instance:
+                    self._write_line(record, spec)
+                else:
+                    self.spawn(dev_id, self._learn_and_write_line(record))
             case SendEnd():
                 self.spawn(dev_id, self._send_end(record, effect.pid))
             case Cancel():
@@ -244,9 +248,17 @@ class Performer:
             return error.errno or errno.EIO
         return 0
 
-    def _write_line(self, record: Record) -> None:
+    async def _learn_and_write_line(self, record: Record) -> None:
+        """Write the go for a device whose spec we died too early to keep."""
+        try:
+            await self._learn(record)
+            self._write_line(record, self._specs[record.dev_id])
+        except OSError as error:
+            _log.error("%s", error)
+
+    def _write_line(self, record: Record, spec: Spec) -> None:
         """Write the go. Where it cannot be written nobody attaches, and the deadline sees that."""
-        queue = self._specs[record.dev_id].queue
+        queue = spec.queue
         line = {
             "dev_id": record.dev_id,
             "char_device": f"/dev/ublkc{record.dev_id}",

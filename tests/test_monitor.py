@@ -1,0 +1,300 @@
+"""The shell's promises, over a small world in memory: one device, servers that are only names."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from patience import until
+
+from ublkwatch.ctrl import CtrlError
+from ublkwatch.events import Transition
+from ublkwatch.model import DevInfo, Generation, Phase, Policy, Reason, Record, ServerId, Spec
+from ublkwatch.monitor import Monitor
+from ublkwatch.perform import Edges
+from ublkwatch.uapi import DevFlags, DevState
+
+FIRST = ServerId(100, 1, "boot")
+FLAGS = DevFlags.USER_RECOVERY | DevFlags.USER_RECOVERY_REISSUE
+
+
+@dataclass
+class World:
+    """All edges in one: what the kernel, the processes and the disk would say, and a diary."""
+
+    info: DevInfo | None = field(
+        default_factory=lambda: DevInfo(0, DevState.LIVE, FLAGS, 1, 8, 4096, FIRST.pid)
+    )
+    alive: dict[int, ServerId] = field(default_factory=lambda: {FIRST.pid: FIRST})
+    diary: list[str] = field(default_factory=list)
+    saved: dict[int, Record] = field(default_factory=dict)
+    specs: dict[int, Spec] = field(default_factory=dict)
+    disk_full: bool = False
+    start_hangs: bool = False
+    transitions: list[Transition] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    pid: int = 200
+
+    def monitor(self, **policy: Any) -> Monitor:
+        policy = {"generation": Generation.G3, "probation_s": 0.01, **policy}
+        edges = Edges(
+            ctrl=self,
+            workers=self,
+            servers=self,
+            launcher=self,
+            store=self,
+            dev_ids=lambda: {0} if self.info else set(),
+            instance=lambda _: "boot/1",
+            holds=lambda _pid, _node: True,
+            holders=lambda node: f"no visible holder of {node}",
+            publish=self.transitions.append,
+            clock=time.monotonic,
+            wall=time.time,
+        )
+        commands: dict[int, tuple[str, ...]] = {0: ("/bin/server",)}
+        self.seen = Monitor(edges, Policy(**policy), commands, dict(self.saved), dict(self.specs))
+        return self.seen
+
+    def crash(self) -> None:
+        assert self.info
+        server = self.alive.pop(self.info.ublksrv_pid)
+        self.info = replace(self.info, state=DevState.QUIESCED)
+        self.seen.server_exited(server)
+
+    # --- Ctrl and Workers ------------------------------------------------------------------------
+
+    async def get_dev_info(self, dev_id: int) -> DevInfo:
+        if self.info is None:
+            raise CtrlError(errno.ENODEV, "GET_DEV_INFO", dev_id)
+        return self.info
+
+    async def call(
+        self, command: str, dev_id: int, key: str, *, timeout_s: float, **arguments: float
+    ) -> dict[str, Any]:
+        del key, timeout_s
+        if command == "GET_PARAMS":
+            return {"params": {"basic": {"dev_sectors": 8}}}
+        self.diary.append(command)
+        if command == "START_USER_RECOVERY":
+            await until(lambda: not self.start_hangs, "the kernel answers")
+        if command == "END_USER_RECOVERY":
+            assert self.info
+            assert dev_id == 0
+            pid = int(arguments["pid"])
+            self.info = replace(self.info, state=DevState.LIVE, ublksrv_pid=pid)
+        return {}
+
+    def cancel(self, key: str) -> None:
+        self.diary.append(f"cancel {key}")
+
+    # --- Servers and Launcher --------------------------------------------------------------------
+
+    def identify(self, pid: int) -> ServerId | None:
+        return self.alive.get(pid)
+
+    def watch(self, server: ServerId) -> None:
+        if server not in self.alive.values():
+            asyncio.get_running_loop().call_soon(self.seen.server_exited, server)
+
+    def kill(self, server: ServerId) -> None:
+        self.alive.pop(server.pid, None)
+        self.watch(server)
+
+    def tagged(self, tag: str) -> list[ServerId]:
+        del tag
+        return [server for server in self.alive.values() if server != FIRST]
+
+    async def end_tagged(self, tag: str) -> None:
+        self.diary.append(f"end {tag}")
+        for server in self.tagged(tag):
+            self.kill(server)
+
+    async def start(self, tag: str, command: tuple[str, ...]) -> int:
+        assert command == ("/bin/server",)
+        self.diary.append(f"spawn {tag}")
+        self.pid += 1
+        self.alive[self.pid] = ServerId(self.pid, self.pid, "boot")
+        asyncio.get_running_loop().call_later(0.01, self.seen.ready, tag)
+        return self.pid
+
+    def write_line(self, tag: str, line: str) -> None:
+        self.diary.append(f"line {tag}")
+        self.lines.append(json.loads(line))
+
+    def listen(self, tag: str) -> None:
+        self.diary.append(f"listen {tag}")
+
+    def how_ended(self, pid: int) -> str:
+        return f"{pid} ended"
+
+    def last_words(self, tag: str) -> str:
+        return f"words of {tag}"
+
+    def keep_only(self, tags: set[str]) -> None: ...
+
+    def trim(self) -> None: ...
+
+    # --- Store -----------------------------------------------------------------------------------
+
+    def save_record(self, record: Record) -> None:
+        if self.disk_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.diary.append(f"save {record.phase.value}")
+        self.saved[record.dev_id] = record
+
+    def drop_record(self, dev_id: int) -> None:
+        self.diary.append("drop")
+        self.saved.pop(dev_id, None)
+
+    def save_spec(self, spec: Spec) -> None:
+        self.specs[spec.dev_id] = spec
+
+
+def play(world: World, story: Callable[[], Awaitable[None]], **policy: Any) -> None:
+    """Run the monitor over the world while the story is told."""
+
+    async def run() -> None:
+        task = asyncio.create_task(world.monitor(**policy).run(0.05))
+        try:
+            await story()
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    asyncio.run(run())
+
+
+async def phase(world: World, wanted: Phase) -> Record:
+    def reached() -> bool:
+        return [record.phase for record in world.seen.records()] == [wanted]
+
+    await until(reached, f"phase {wanted.value}: {world.diary}")
+    return world.seen.records()[0]
+
+
+def test_a_crash_goes_through_every_hand_in_order() -> None:
+    world = World()
+
+    async def story() -> None:
+        await phase(world, Phase.WATCHING)
+        del world.diary[:]
+        world.crash()
+        await until(lambda: len(world.transitions) > 1, "it noticed")
+        record = await phase(world, Phase.WATCHING)
+        assert record.recoveries == 1
+
+    play(world, story)
+    assert world.diary == [
+        *("save draining", "spawn 0-1-1", "save draining"),
+        *("save starting", "START_USER_RECOVERY"),
+        *("save attaching", "line 0-1-1", "END_USER_RECOVERY"),
+        *("save probation", "save watching"),
+    ]
+    assert world.lines == [
+        {
+            "dev_id": 0,
+            "char_device": "/dev/ublkc0",
+            "queues": 1,
+            "depth": 8,
+            "max_io_buf_bytes": 4096,
+            "flags": int(FLAGS),
+            "params": {"basic": {"dev_sectors": 8}},
+            "attempt": 1,
+        }
+    ]
+
+
+def test_nothing_is_done_that_could_not_be_recorded() -> None:
+    world = World()
+
+    async def story() -> None:
+        await phase(world, Phase.WATCHING)
+        world.disk_full = True
+        del world.diary[:]
+        world.crash()
+        await asyncio.sleep(0.3)  # it has had the time to do something wrong
+        assert world.diary == []
+        world.disk_full = False
+        await until(lambda: "END_USER_RECOVERY" in world.diary, "it goes on once it can")
+
+    play(world, story)
+
+
+def test_a_bug_over_one_device_leaves_it_alone_and_says_so() -> None:
+    world = World()
+
+    async def story() -> None:
+        await phase(world, Phase.WATCHING)
+        world.seen.post(0, "no event at all")  # type: ignore[arg-type]
+        await until(lambda: len(world.transitions) > 1, "it noticed")
+        record = await phase(world, Phase.WATCHING)  # LIVE with a server: adopted again
+        assert record.server == FIRST
+
+    play(world, story)
+    reasons = [transition.after.reason for transition in world.transitions]
+    assert Reason.INTERNAL_ERROR in reasons
+
+
+def test_a_removed_device_is_forgotten_and_its_attempt_ended() -> None:
+    world = World(start_hangs=True)
+
+    async def story() -> None:
+        await phase(world, Phase.WATCHING)
+        world.crash()
+        await phase(world, Phase.STARTING)
+        world.info = None
+        await until(lambda: "cancel 0-1-1" in world.diary, "the command is cancelled")
+        world.start_hangs = False
+        await until(lambda: not world.seen.records(), "the device is forgotten")
+
+    play(world, story)
+    assert world.saved == {}
+    assert "end 0-1-1" in world.diary
+    assert "line 0-1-1" not in world.diary
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["spec kept", "spec lost"])
+def test_a_successor_goes_on_with_the_server_that_it_finds(kept: bool) -> None:  # noqa: FBT001
+    world = World(start_hangs=True)
+
+    async def first_life() -> None:
+        await phase(world, Phase.WATCHING)
+        world.crash()
+        await phase(world, Phase.STARTING)
+
+    play(world, first_life)
+    world.start_hangs = False
+    del world.diary[:]
+    if not kept:
+        world.specs.clear()
+
+    async def second_life() -> None:
+        record = await phase(world, Phase.WATCHING)
+        assert record.recoveries == 1
+
+    play(world, second_life)
+    assert sorted(entry for entry in world.diary if "save" not in entry) == [
+        *("END_USER_RECOVERY", "START_USER_RECOVERY", "line 0-1-1", "listen 0-1-1")
+    ]
+    assert world.lines[0]["params"] == {"basic": {"dev_sectors": 8}}
+
+
+@pytest.mark.parametrize("state", [DevState.DEAD, DevState.QUIESCED])
+def test_what_was_never_alive_under_our_eyes_is_not_touched(state: DevState) -> None:
+    world = World()
+    assert world.info
+    world.info = replace(world.info, state=state)
+
+    async def story() -> None:
+        await until(lambda: world.seen.polls >= 3, "it has looked")
+
+    play(world, story)
+    assert [entry for entry in world.diary if "save" not in entry] == []
