@@ -3,12 +3,13 @@ PYTHON := .venv/bin/python
 # The kernels' lab, or this very machine where it has the driver.
 LAB := $(PYTHON) lab/lab.py run $(if $(wildcard /dev/ublk-control),--host,--kernel lts --cpus 2)
 
-.PHONY: help demo test lint setup clean
+.PHONY: help demo test lint bench bench-smoke setup clean
 
 help:
 	@echo 'make demo   watch fio run through ten killed servers, on a real kernel'
 	@echo 'make test   lint, types and all tests, on two real kernels'
 	@echo 'make lint   format, lint and types only'
+	@echo 'make bench  how fast ublkwatch recovers, beside an oracle; what it costs at rest'
 
 demo: setup
 	@$(LAB) --timeout 170 -- $(PYTHON) -m ublkwatch.demo
@@ -19,7 +20,14 @@ test: setup
 lint: .venv/.ready
 	@$(PYTHON) -m tests lint
 
-# Everything that the two above need: Python with its packages, kernels, QEMU, fio, a C compiler.
+# On two kernels, some twenty minutes: python -m bench --help has the options.
+bench: setup
+	@$(PYTHON) -m bench $(if $(wildcard /dev/ublk-control),--host)
+
+bench-smoke: setup
+	@$(PYTHON) -m bench --smoke $(if $(wildcard /dev/ublk-control),--host)
+
+# Everything that the above need: Python with its packages, kernels, QEMU, fio, a C compiler.
 setup: .venv/.ready
 	@$(PYTHON) lab/lab.py setup
 

@@ -20,7 +20,7 @@ PYTHON = str(TOP / ".venv/bin/python")
 LINTS = {
     "ruff check": ["-m", "ruff", "check", "--quiet", "."],
     "ruff format": ["-m", "ruff", "format", "--quiet", "--check", "."],
-    "mypy": ["-m", "mypy", "ublkwatch", "lab", *map(str, sorted(TOP.glob("tests/*.py")))],
+    "mypy": ["-m", "mypy", "ublkwatch", "lab", "bench", *map(str, sorted(TOP.glob("tests/*.py")))],
     "mypy tests/kernel": ["-m", "mypy", "tests/kernel"],
 }
 KERNELS = ("lts", "new")

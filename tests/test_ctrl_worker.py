@@ -56,6 +56,7 @@ class Stage:
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()
+        theirs.send(b'{"id": 0}\n')  # hello
         self.peers.append(Peer(theirs))
         return ours
 

@@ -64,10 +64,17 @@ def begin(record: Record, now: float, policy: Policy) -> Step:
     return record, (Spawn(seq), ReadInfo())
 
 
+def let_go(record: Record) -> bool:
+    """Tell whether the old server is gone and the kernel has let go of it.
+
+    One read that agrees with the ended process is enough, else two in a row.
+    """
+    return not record.server and record.agreed >= (1 if record.detected_by == "pidfd" else 2)
+
+
 def try_start(record: Record, now: float, policy: Policy) -> Step:
     """Send START once the server is ready, the old one gone and the state agreed on."""
-    enough = 1 if record.detected_by == "pidfd" else 2
-    if not record.ready or not record.candidate or record.server or record.agreed < enough:
+    if not record.ready or not record.candidate or not let_go(record):
         return record, ()
     if policy.generation is Generation.G2 and record.armed is Armed.YES:
         return attach(record, now, policy)  # G2 takes no second START, and needs none

@@ -6,7 +6,8 @@ deadline the worker is retired: it gets no new commands, finishes what is pendin
 alone; another takes its place. A worker ends when the daemon's end of its line is closed, and the
 kernel then cancels what can be cancelled.
 
-On the line: one JSON object a line, ``{"id", "command", "dev_id", ...}`` and ``{"id", "error"}``.
+On the line: one JSON object a line, ``{"id", "command", "dev_id", ...}`` and ``{"id", "error"}``;
+the worker's first is a hello.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ _log = logging.getLogger("ublkwatch")
 _GRACE_S = (
     1.0  # the worker keeps the deadline itself; the daemon waits this much longer for its word
 )
+_START_S = 60.0
+_HELLO = 0  # the id of a worker's first message, which answers nothing
 _IN_FLIGHT_MAX = 256
 _BUSY_PAUSE_S = 0.001
 _BUSY_PAUSE_MAX_S = 0.05
@@ -46,10 +49,21 @@ class Workers:
         self.retired = 0  # how many, ever
 
     async def prepare(self) -> None:
-        """Have a worker ready before it is needed."""
+        """Have a worker ready before it is needed; OSError when none could be had.
+
+        Its start counts for no command's deadline: it said nothing yet that could be late.
+        """
         async with self._starting:
             if self._current is None or self._current.closed:
-                self._current = await _Line.open(self._start())
+                line = await _Line.open(self._start())
+                try:
+                    async with asyncio.timeout(_START_S):
+                        await line.hello.wait()
+                except TimeoutError:
+                    line.close()
+                if line.closed:
+                    raise OSError(errno.EIO, "the control worker did not start")
+                self._current = line
 
     async def call(
         self, command: str, dev_id: int, key: str, *, timeout_s: float, **arguments: float
@@ -104,6 +118,7 @@ class _Line:
         self._next = 1
         self._retired = False
         self.closed = False
+        self.hello = asyncio.Event()  # it has said that it is there, or it has ended
         self._listener = asyncio.create_task(self._listen(reader))
 
     @classmethod
@@ -141,6 +156,8 @@ class _Line:
         with contextlib.suppress(ConnectionError):
             while line := await reader.readline():
                 answer = json.loads(line)
+                if answer["id"] == _HELLO:
+                    self.hello.set()
                 waiting = self._answers.pop(answer["id"], None)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(answer)
@@ -148,6 +165,7 @@ class _Line:
                     break
         # The worker is gone, and with it all that it had under way.
         self.closed = True
+        self.hello.set()
         for waiting in self._answers.values():
             if not waiting.done():
                 waiting.set_result({"error": errno.EIO})
@@ -233,6 +251,7 @@ async def _serve(line: socket.socket) -> None:
     ring = AsyncRing(_IN_FLIGHT_MAX)
     ring.limit_workers(_IN_FLIGHT_MAX)
     worker = _Worker(ring, writer)
+    writer.write(json.dumps({"id": _HELLO}).encode() + b"\n")
     with contextlib.suppress(ConnectionError):
         while request := await reader.readline():
             worker.take(json.loads(request))

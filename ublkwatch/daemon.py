@@ -101,7 +101,7 @@ class Daemon:
         self._metrics = Metrics(self._monitor.records, lambda: workers.retired)
         page = Page(self._metrics)
         try:
-            await workers.prepare()
+            await _prepare(workers)
             port = await self._serve_metrics(page)
             rules = Generation.of(features).name
             where = f", metrics on port {port}" if port else ""
@@ -226,6 +226,13 @@ def _open_ring() -> AsyncRing:
                 "profile hides it"
             ) from error
         raise UnavailableError(f"io_uring: {error.strerror}") from error
+
+
+async def _prepare(workers: Workers) -> None:
+    try:
+        await workers.prepare()
+    except OSError as error:
+        raise UnavailableError(f"{error.strerror}; its own words are above, if any") from error
 
 
 async def _ask_features(ctrl: UblkCtrl) -> DevFlags | None:

@@ -200,7 +200,7 @@ class Policy:
     drain_timeout_s: float = 90.0
     start_timeout_s: float = 60.0
     attach_timeout_s: float = 15.0
-    stop_timeout_s: float = 20.0
+    stop_timeout_s: float = 30.0
     probation_s: float = 1.0
     drain_poll_s: float = 0.002
     drain_poll_max_s: float = 0.25

@@ -132,6 +132,8 @@ class Performer:
         self._specs = specs
         self._monitor = monitor
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ending: set[str] = set()  # attempts whose processes are being ended just now
+        self._learning: dict[int, asyncio.Lock] = {}
 
     def close(self) -> None:
         """Stop everything under way; the servers live on."""
@@ -204,6 +206,10 @@ class Performer:
 
     async def _learn(self, record: Record) -> None:
         """Read and keep the queue config, once in the life of a device."""
+        async with self._learning.setdefault(record.dev_id, asyncio.Lock()):
+            await self._learn_alone(record)
+
+    async def _learn_alone(self, record: Record) -> None:
         spec, info = self._specs.get(record.dev_id), record.info
         command = self._commands.get(record.dev_id)
         if info is None or command is None or (spec and spec.instance == record.instance):
@@ -279,12 +285,18 @@ class Performer:
         self._monitor.post(record.dev_id, HoldersFound(record.seq, who))
 
     async def _end_attempt(self, record: Record) -> None:
+        tag = tag_of(record)
+        if tag in self._ending:  # the machine asks again and again; a search is going on already
+            return
+        self._ending.add(tag)
         try:
             async with asyncio.timeout(self._policy.stop_timeout_s):
-                await self._edges.servers.end_tagged(tag_of(record))
+                await self._edges.servers.end_tagged(tag)
+            self._monitor.post(record.dev_id, AttemptOver(record.seq))
         except TimeoutError:
-            return  # the machine's own deadline speaks of it
-        self._monitor.post(record.dev_id, AttemptOver(record.seq))
+            pass  # the machine's own deadline speaks of it
+        finally:
+            self._ending.discard(tag)
 
 
 def tag_of(record: Record) -> str:

@@ -289,7 +289,7 @@ def _on_woken(record: Record, now: float, policy: Policy) -> Step:
     match record.phase:
         case Phase.DRAINING if not record.ready and waited >= policy.ready_timeout_s:
             return attempt.fail(record, Reason.NOT_READY, f"after {waited:.0f} s", now)
-        case Phase.DRAINING if waited >= policy.drain_timeout_s:
+        case Phase.DRAINING if waited >= policy.drain_timeout_s and not attempt.let_go(record):
             return _undrained(record, now, policy)
         case Phase.DRAINING:
             return _ask_again(record, now, policy)
@@ -316,6 +316,9 @@ def _on_woken(record: Record, now: float, policy: Policy) -> Step:
 def _ask_again(record: Record, now: float, policy: Policy) -> Step:
     """Poll while the kernel drains; once it takes long, find out who is in the way."""
     waited = now - record.since
+    if attempt.let_go(record) and not record.ready:
+        # It has let go. What is missing is the new server, which needs the CPU more than we do.
+        return replace(record, wake=record.since + policy.ready_timeout_s), ()
     pause = min(policy.drain_poll_max_s, max(policy.drain_poll_s, waited / 16))
     record = replace(record, wake=now + pause)
     if waited < policy.holders_after_s or record.holders:
@@ -337,7 +340,7 @@ def _undrained(record: Record, now: float, policy: Policy) -> Step:
 
 
 def _what_hangs(record: Record) -> str:
-    return "a control command" if record.pending else "a process that SIGKILL does not end"
+    return "a control command" if record.pending else "its processes were not seen to end"
 
 
 def _on_resumed(record: Record, candidate: ServerId | None, now: float, policy: Policy) -> Step:

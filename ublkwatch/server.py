@@ -12,6 +12,7 @@ import os
 import select
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -33,6 +34,8 @@ class Servers:
         self._report = report
         self._loop = asyncio.get_running_loop()
         self._pidfds: dict[ServerId, int] = {}
+        # Of their own: a slow search must not keep a server from being started.
+        self._searches = ThreadPoolExecutor(2, thread_name_prefix="search")
 
     def identify(self, pid: int) -> ServerId | None:
         """Return who ``pid`` is now, or None where there is no such process or it has ended.
@@ -83,7 +86,7 @@ class Servers:
 
     async def end_tagged(self, tag: str) -> None:
         """SIGKILL the processes of an attempt, until there are none; the caller bounds the wait."""
-        while strays := await asyncio.to_thread(self.tagged, tag):
+        while strays := await self._loop.run_in_executor(self._searches, self.tagged, tag):
             for server in strays:
                 self.kill(server)
             await asyncio.sleep(0.02)
@@ -94,6 +97,7 @@ class Servers:
             self._loop.remove_reader(pidfd)
             os.close(pidfd)
         self._pidfds.clear()
+        self._searches.shutdown(wait=False, cancel_futures=True)
 
     def _open(self, server: ServerId) -> int | None:
         if server.boot_id != self._boot_id:

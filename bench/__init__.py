@@ -1,0 +1,1 @@
+"""The benchmark: ublkwatch beside an oracle, and what ublkwatch costs while nothing happens."""
