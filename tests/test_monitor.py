@@ -38,6 +38,7 @@ class World:
     specs: dict[int, Spec] = field(default_factory=dict)
     disk_full: bool = False
     start_hangs: bool = False
+    blind: bool = False
     transitions: list[Transition] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
     pid: int = 200
@@ -50,7 +51,7 @@ class World:
             servers=self,
             launcher=self,
             store=self,
-            dev_ids=lambda: {0} if self.info else set(),
+            dev_ids=self.dev_ids,
             instance=lambda _: "boot/1",
             holds=lambda _pid, _node: True,
             holders=lambda node: f"no visible holder of {node}",
@@ -61,6 +62,11 @@ class World:
         commands: dict[int, tuple[str, ...]] = {0: ("/bin/server",)}
         self.seen = Monitor(edges, Policy(**policy), commands, dict(self.saved), dict(self.specs))
         return self.seen
+
+    def dev_ids(self) -> set[int]:
+        if self.blind:
+            raise PermissionError(errno.EACCES, "/sys/class/ublk-char")
+        return {0} if self.info else set()
 
     def crash(self) -> None:
         assert self.info
@@ -285,6 +291,19 @@ def test_a_successor_goes_on_with_the_server_that_it_finds(kept: bool) -> None: 
         *("END_USER_RECOVERY", "START_USER_RECOVERY", "line 0-1-1", "listen 0-1-1")
     ]
     assert world.lines[0]["params"] == {"basic": {"dev_sectors": 8}}
+
+
+def test_a_monitor_that_can_no_longer_look_ends_instead_of_going_blind() -> None:
+    world = World()
+
+    async def run() -> None:
+        monitor = world.monitor().run(0.05)
+        with pytest.raises(ExceptionGroup) as ended:
+            await asyncio.wait_for(monitor, 10)
+        assert ended.group_contains(PermissionError)
+
+    world.blind = True
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize("state", [DevState.DEAD, DevState.QUIESCED])

@@ -101,16 +101,20 @@ class Monitor:
     async def run(self, poll_interval_s: float) -> None:
         """Watch, for ever; cancel it to stop. The servers live on."""
         self._interval_s, self._ran = poll_interval_s, self._edges.clock()
-        poll = asyncio.create_task(self._poll_for_ever(poll_interval_s))
         try:
-            while True:
-                dev_id, event = await self._inbox.get()
-                self._take(dev_id, event)
+            # Neither may end without the other: a supervisor that went blind must not look well.
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._poll_for_ever(poll_interval_s))
+                group.create_task(self._step_for_ever())
         finally:
-            poll.cancel()
             for timer in self._timers.values():
                 timer.cancel()
             self._performer.close()
+
+    async def _step_for_ever(self) -> None:
+        while True:
+            dev_id, event = await self._inbox.get()
+            self._take(dev_id, event)
 
     def post(self, dev_id: int, event: Event) -> None:
         self._inbox.put_nowait((dev_id, event))
@@ -209,7 +213,8 @@ class Monitor:
             await asyncio.gather(*(self.read(dev_id) for dev_id in ids))
             self.polls += 1
             if self._edges.clock() >= housekeeping:
-                self._edges.launcher.keep_only({tag_of(record) for record in self.records()})
+                known = [*self.records(), *self._former.values()]
+                self._edges.launcher.keep_only({tag_of(record) for record in known})
                 self._edges.launcher.trim()
                 housekeeping = self._edges.clock() + _HOUSEKEEPING_S
             try:
