@@ -17,8 +17,6 @@ from typing import Final
 from base import LabError, output_of, say
 
 KEYRING: Final = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-DEFAULT_MIRROR: Final = "http://deb.debian.org/debian"
-DEFAULT_SECURITY: Final = "http://deb.debian.org/debian-security"
 # Names of suites that only Debian's own archives carry; tells its mirrors from other sources.
 DEBIAN_SUITE: Final = re.compile(
     r"(?:(?:old)*stable|testing|unstable|sid|bookworm|trixie|forky)"
@@ -76,15 +74,17 @@ class Archive:
             suite = DEBIAN_SUITE.fullmatch(rest.rpartition("/")[0])
             if suite and base not in found[bool(suite["security"])]:
                 found[bool(suite["security"])].append(base)
-        return found[0] or [DEFAULT_MIRROR], found[1] or [DEFAULT_SECURITY]
+        if not found[0]:
+            raise LabError(
+                "apt is set to no archive of Debian's; add one to /etc/apt/sources.list, then: "
+                "lab/lab.py setup"
+            )
+        return found
 
     @staticmethod
     def print_uris(options: Sequence[str]) -> str:
         """Ask apt for its index addresses, whichever format its sources are written in."""
-        try:
-            return output_of(["apt-get", *options, "update", "--print-uris"])
-        except LabError:
-            return ""  # no sources at all, or broken ones: Debian's default mirror will do
+        return output_of(["apt-get", *options, "update", "--print-uris"])
 
     def update(self, suites: Sequence[str]) -> None:
         """Fetch the lists of these suites; a mirror may lack some, so only the result counts."""

@@ -163,7 +163,9 @@ def test_a_setup_without_a_network_ends_in_one_line_that_says_what_to_repeat(
 ) -> None:
     apt, cache = tmp_path / "apt-get", tmp_path / "cache"
     apt.write_text(
-        "#!/bin/sh\necho 'W: So it goes' >&2\necho 'E: Failed to fetch it' >&2\n"
+        '#!/bin/sh\ncase "$*" in *--print-uris*)\n'
+        "echo \"'http://mirror.invalid/debian/dists/bookworm/InRelease' x 0\"; exit 0;; esac\n"
+        "echo 'W: So it goes' >&2\necho 'E: Failed to fetch it' >&2\n"
         "echo 'E: Some index files failed to download.' >&2\nexit 100\n"
     )
     apt.chmod(0o755)
