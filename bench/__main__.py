@@ -23,7 +23,7 @@ LAB = (sys.executable, "lab/lab.py")
 # Each wait in the guest has its own deadline; these bound their sum.
 SLOWEST_PAIR_S = 30
 PREPARATION_S = 300
-SMOKE_KILLS, SMOKE_REST_S, SMOKE_FAIL_ABOVE = 3, 10.0, 3.0
+SMOKE_KILLS, SMOKE_REST_S, SMOKE_FAIL_ABOVE = 3, 5.0, 3.0
 
 
 def main() -> int:

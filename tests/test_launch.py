@@ -129,7 +129,7 @@ def test_the_launchers_end_is_no_end_of_file_and_the_next_one_writes_the_line(
         home.restart()
         home.launcher.write_line(TAG, "from the next one")
         await until(lambda: "got from the next one" in home.printed(), "the line arrived")
-        assert home.launcher.how_ended(pid) == "unknown"
+        assert home.launcher.how_ended(pid) == ("unknown", None)
 
     at_home(tmp_path, work)
 
@@ -164,18 +164,20 @@ def test_after_a_restart_ready_is_heard_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "how"),
     [
-        ("raise SystemExit(3)", "exit status 3"),
-        ("pass", "exit status 0"),
-        ("import os; os.kill(os.getpid(), 9)", "SIGKILL"),
-        ("import os; os.kill(os.getpid(), 40)", "signal 40"),
+        ("raise SystemExit(3)", ("exit status 3", 3)),
+        ("pass", ("exit status 0", 0)),
+        ("import os; os.kill(os.getpid(), 9)", ("SIGKILL", None)),
+        ("import os; os.kill(os.getpid(), 40)", ("signal 40", None)),
     ],
 )
-def test_how_a_child_ended_is_told_once(tmp_path: Path, code: str, how: str) -> None:
+def test_how_a_child_ended_is_told_once(
+    tmp_path: Path, code: str, how: tuple[str, int | None]
+) -> None:
     async def work(home: Home) -> None:
         pid = await home.start(code)
         await home.exited(pid)
         assert home.launcher.how_ended(pid) == how
-        assert home.launcher.how_ended(pid) == "unknown"
+        assert home.launcher.how_ended(pid) == ("unknown", None)
 
     at_home(tmp_path, work)
 
@@ -189,5 +191,64 @@ def test_a_program_that_cannot_be_started_is_an_oserror_and_the_tag_is_free_agai
             await home.launcher.start(TAG, (program,))
         await home.start(ECHO)
         await until(lambda: home.ready, "the next one with this tag starts")
+
+    at_home(tmp_path, work)
+
+
+def test_a_line_that_nobody_read_is_told_from_one_that_was_read(tmp_path: Path) -> None:
+    async def work(home: Home) -> None:
+        deaf = await home.start("pass", tag="deaf")
+        assert not home.launcher.unread("deaf"), "no line was written yet"
+        home.launcher.write_line("deaf", "hello")
+        await home.exited(deaf)
+        assert home.launcher.unread("deaf")
+        reader = await home.start("input()", tag="reader")
+        home.launcher.write_line("reader", "hello")
+        await home.exited(reader)
+        assert not home.launcher.unread("reader")
+        assert not home.launcher.unread("never-started")
+
+    at_home(tmp_path, work)
+
+
+def test_after_a_restart_a_line_is_called_unread_only_where_that_is_certain(tmp_path: Path) -> None:
+    async def work(home: Home) -> None:
+        await home.start(SLEEP, tag="waiting")
+        home.launcher.write_line("waiting", "once")
+        await home.start("input(); " + SLEEP, tag="busy")
+        home.launcher.write_line("busy", "once")
+        await until(lambda: not home.launcher.unread("busy"), "the line was read")
+        home.restart()
+        for tag in ("waiting", "busy"):
+            home.launcher.write_line(tag, "again")
+        assert home.launcher.unread("waiting"), "the first line waits still, and alone"
+        assert not home.launcher.unread("busy"), "the first line was read, the second one waits"
+
+    at_home(tmp_path, work)
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ('[ "$UBLKWATCH_DEVICE" = ublkb7 ] && exit 20', ("exit status 20", 20)),
+        ("kill -9 $$", ("SIGKILL", None)),
+        ("sleep 600", ("killed after 0.5 s", None)),
+    ],
+)
+def test_the_operators_command_decides_within_its_time(
+    tmp_path: Path, script: str, expected: tuple[str, int | None]
+) -> None:
+    async def work(home: Home) -> None:
+        about = {"UBLKWATCH_DEVICE": "ublkb7"}
+        assert await home.launcher.decide(("/bin/sh", "-c", script), about, 0.5) == expected
+
+    at_home(tmp_path, work)
+
+
+def test_an_operators_command_that_is_missing_decides_nothing(tmp_path: Path) -> None:
+    async def work(home: Home) -> None:
+        how, code = await home.launcher.decide((str(tmp_path / "missing"),), {}, 1)
+        assert code is None
+        assert "No such file" in how
 
     at_home(tmp_path, work)

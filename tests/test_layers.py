@@ -18,8 +18,14 @@ LAYERS: dict[str, set[str]] = {
     "model": {"uapi"},
     "events": {"model"},
     # L1: decisions and documents, pure
-    "attempt": {"events", "model"},
-    "recovery": {"attempt", "events", "model", "uapi"},
+    "verdict": {"events", "model"},
+    "attempt": {"events", "model", "verdict"},
+    "orders": {"attempt", "events", "model", "uapi", "verdict"},
+    "timers": {"attempt", "events", "model", "orders", "uapi", "verdict"},
+    "resume": {"attempt", "events", "model", "orders", "verdict"},
+    "recovery": {
+        *("attempt", "events", "model", "orders", "resume", "timers", "uapi", "verdict"),
+    },
     "status": {"model", "uapi"},
     # L2: edges
     "uring": {"uapi"},
@@ -34,8 +40,8 @@ LAYERS: dict[str, set[str]] = {
     "metrics": {"", "events", "model", "status", "uapi"},
     "log": {"events", "model"},
     # L3: the shell; its edges come in by Protocol
-    "perform": {"events", "model"},
-    "monitor": {"attempt", "events", "model", "perform", "recovery", "uapi"},
+    "perform": {"attempt", "events", "model"},
+    "monitor": {"attempt", "events", "model", "orders", "perform", "recovery", "uapi"},
     # L4: composition
     "daemon": {
         *("async_ring", "config", "ctrl", "ctrl_worker", "discover", "events", "launch", "log"),
@@ -64,7 +70,10 @@ HOMES = {
     "time.time": {"daemon", "status"},
     "sys.exit": set(),
 }
-PURE = ("uapi", "model", "events", "attempt", "recovery")
+PURE = (
+    *("uapi", "model", "events"),
+    *("verdict", "attempt", "orders", "timers", "resume", "recovery"),
+)
 HARMLESS = {
     *("__future__", "collections", "dataclasses", "enum", "errno", "struct", "typing", "ublkwatch")
 }

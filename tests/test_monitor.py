@@ -16,7 +16,7 @@ from patience import until
 
 from ublkwatch.ctrl import CtrlError
 from ublkwatch.events import Transition
-from ublkwatch.model import DevInfo, Generation, Phase, Policy, Reason, Record, ServerId, Spec
+from ublkwatch.model import Care, DevInfo, Generation, Phase, Policy, Reason, Record, ServerId, Spec
 from ublkwatch.monitor import Monitor
 from ublkwatch.perform import Edges
 from ublkwatch.uapi import DevFlags, DevState
@@ -39,6 +39,9 @@ class World:
     disk_full: bool = False
     start_hangs: bool = False
     blind: bool = False
+    host_ends: bool = False
+    decision: int | None = None
+    unread_lines: set[str] = field(default_factory=set)
     transitions: list[Transition] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
     pid: int = 200
@@ -59,8 +62,8 @@ class World:
             clock=time.monotonic,
             wall=time.time,
         )
-        commands: dict[int, tuple[str, ...]] = {0: ("/bin/server",)}
-        self.seen = Monitor(edges, Policy(**policy), commands, dict(self.saved), dict(self.specs))
+        cares = {0: Care(("/bin/server",), Policy(**policy), ("/bin/decide",))}
+        self.seen = Monitor(edges, Policy(), cares, dict(self.saved), dict(self.specs))
         return self.seen
 
     def dev_ids(self) -> set[int]:
@@ -137,8 +140,20 @@ class World:
     def listen(self, tag: str) -> None:
         self.diary.append(f"listen {tag}")
 
-    def how_ended(self, pid: int) -> str:
-        return f"{pid} ended"
+    def unread(self, tag: str) -> bool:
+        return tag in self.unread_lines
+
+    def how_ended(self, pid: int) -> tuple[str, int | None]:
+        return f"{pid} ended", None
+
+    async def decide(
+        self, command: tuple[str, ...], about: dict[str, str], timeout_s: float
+    ) -> tuple[str, int | None]:
+        self.diary.append(f"decide {command} {about['UBLKWATCH_REASON']} {timeout_s:g}")
+        return "exit status", self.decision
+
+    async def shutting_down(self) -> bool:
+        return self.host_ends
 
     def last_words(self, tag: str) -> str:
         return f"words of {tag}"

@@ -1,8 +1,8 @@
 """One attempt to bring a device back, from the new server's start to LIVE, or to its end.
 
 Pure, the inner half of the machine: recovery.py decides when an attempt begins and what the facts
-mean, this module takes it forward (DRAINING, STARTING, ATTACHING, PROBATION) and back (STOPPING,
-then BACKOFF or FAILED). The numbered rules are at the head of recovery.py.
+mean, this module takes it forward (DRAINING, STARTING, ATTACHING, PROBATION) and back (STOPPING);
+verdict.py says what comes then. The numbered rules are at the head of recovery.py.
 """
 
 from __future__ import annotations
@@ -12,41 +12,53 @@ from dataclasses import replace
 
 from ublkwatch.events import (
     Cancel,
-    Effect,
     EndAttempt,
+    FindServer,
+    Kill,
     ReadInfo,
     SendEnd,
     SendStart,
+    ServerExited,
     Spawn,
+    Watch,
     WriteLine,
 )
-from ublkwatch.model import Armed, Generation, Phase, Policy, Reason, Record, errno_name
-
-Step = tuple[Record, tuple[Effect, ...]]
-
-# Another attempt cannot cure these.
-PERMANENT = frozenset(
-    {
-        Reason.NOT_QUIESCED,
-        Reason.START_REFUSED,
-        Reason.NO_ANSWER,
-        Reason.HALF_ATTACHED,
-        Reason.LIVE_WITHOUT_SERVER,
-    }
+from ublkwatch.model import (
+    Armed,
+    Attach,
+    Generation,
+    Handoff,
+    Phase,
+    Policy,
+    Reason,
+    Record,
+    ServerId,
+    errno_name,
 )
+from ublkwatch.verdict import Step, arrive, enter, settle
+
 # The phases in which an attempt may have a process or a command of its own under way.
 ATTEMPTING = frozenset(
     {Phase.DRAINING, Phase.STARTING, Phase.ATTACHING, Phase.STOPPING, Phase.BACKOFF}
 )
-_MARKS_MAX = 64
+_ENDS_MAX = 8  # how often END is sent for one server, whatever the answers
+
+
+def starts_early(policy: Policy) -> bool:
+    """Tell whether the new server may start while the kernel still drains: it waits for a line."""
+    return policy.handoff is Handoff.MANAGED and policy.attach is Attach.LINE
 
 
 # --- its way forward -----------------------------------------------------------------------------
 
 
 def begin(record: Record, now: float, policy: Policy) -> Step:
-    """Start the next attempt: a new number, a new server, which touches nothing yet."""
+    """Start the next attempt: a new number, a new server, which touches nothing yet.
+
+    A server that still lives, though the kernel has let go of it, has to end.
+    """
     seq = record.seq + 1
+    stray = (Kill(record.server),) if record.server else ()
     record = enter(
         record,
         Phase.DRAINING,
@@ -59,9 +71,12 @@ def begin(record: Record, now: float, policy: Policy) -> Step:
         holders="",
         over=False,
         agreed=0,
+        ends=0,
+        refused="",
     )
-    # The new server comes up while the kernel tears down the old one's queues.
-    return record, (Spawn(seq), ReadInfo())
+    # A server that waits for its line comes up while the kernel tears down the old one's queues.
+    spawn = (Spawn(seq),) if starts_early(policy) else ()
+    return record, (*stray, *spawn, ReadInfo())
 
 
 def let_go(record: Record) -> bool:
@@ -69,27 +84,27 @@ def let_go(record: Record) -> bool:
 
     One read that agrees with the ended process is enough, else two in a row.
     """
-    return not record.server and record.agreed >= (1 if record.detected_by == "pidfd" else 2)
+    seen_ended = record.detected_by in ("pidfd", "thread")
+    return not record.server and record.agreed >= (1 if seen_ended else 2)
+
+
+def prepared(record: Record, policy: Policy) -> bool:
+    """Tell whether the new server is where it has to be before START."""
+    return not starts_early(policy) or (record.ready and record.candidate is not None)
 
 
 def try_start(record: Record, now: float, policy: Policy) -> Step:
     """Send START once the server is ready, the old one gone and the state agreed on."""
-    if not record.ready or not record.candidate or not let_go(record):
+    if not prepared(record, policy) or not let_go(record):
         return record, ()
+    if policy.handoff is Handoff.DELEGATED:
+        return attach(record, now, policy)  # its command sends START itself
     if policy.generation is Generation.G2 and record.armed is Armed.YES:
         return attach(record, now, policy)  # G2 takes no second START, and needs none
     armed = Armed.SENT if record.armed is Armed.NO else record.armed
-    return (
-        enter(
-            record,
-            Phase.STARTING,
-            now,
-            wake=now + policy.holders_after_s,
-            armed=armed,
-            pending=True,
-        ),
-        (SendStart(record.seq),),
-    )
+    wake = now + policy.holders_after_s
+    record = enter(record, Phase.STARTING, now, wake=wake, armed=armed, pending=True)
+    return record, (SendStart(record.seq),)
 
 
 def start_patience_s(policy: Policy) -> float:
@@ -107,7 +122,7 @@ def start_replied(record: Record, error: int, now: float, policy: Policy) -> Ste
     )
     if taken:
         record = replace(record, armed=Armed.YES, lined=False)
-    elif error == errno.ETIMEDOUT:
+    elif error in (errno.ETIMEDOUT, errno.EINTR):
         record = replace(record, armed=Armed.UNSURE)
     elif record.armed is Armed.SENT:
         record = replace(record, armed=Armed.NO)
@@ -116,30 +131,48 @@ def start_replied(record: Record, error: int, now: float, policy: Policy) -> Ste
         return settle(record, now, policy)
     if record.phase is not Phase.STARTING:
         return record, ()
-    if taken and record.candidate:
+    if taken and prepared(record, policy):
         return attach(record, now, policy)
     if taken:
-        return fail(record, Reason.DIED_BEFORE_READY, record.detail, now)
+        return fail(record, record.reason or Reason.DIED_BEFORE_READY, record.detail, now)
     if error == errno.ENODEV:
-        return leave(record, Phase.GONE, now)
+        return leave(record, Phase.GONE, now, policy)
     name = errno_name(error)
     detail = f"{name}; {record.holders}" if record.holders else name
-    reasons = {errno.EBUSY: Reason.CHAR_DEVICE_BUSY, errno.ETIMEDOUT: Reason.NO_ANSWER}
+    reasons = {
+        errno.EBUSY: Reason.CHAR_DEVICE_BUSY,
+        errno.EINTR: Reason.START_INTERRUPTED,
+        errno.ETIMEDOUT: Reason.NO_ANSWER,
+    }
     return fail(record, reasons.get(error, Reason.START_REFUSED), detail, now)
 
 
 def attach(record: Record, now: float, policy: Policy) -> Step:
-    """Give the server its go; END goes out right behind it and sleeps until it attached."""
-    record = enter(
-        record,
-        Phase.ATTACHING,
-        now,
-        wake=now + policy.attach_timeout_s,
-        lined=True,
-        pending=True,
-    )
-    assert record.candidate is not None
-    return record, (WriteLine(record.seq), SendEnd(record.seq, record.candidate.pid))
+    """Let the server attach: by its line, or by starting it; or let its command do everything.
+
+    END goes out right behind, and sleeps until every tag is fetched.
+    """
+    record = enter(record, Phase.ATTACHING, now, lined=True)
+    if not starts_early(policy):
+        wake = now + policy.drain_poll_s
+        if policy.handoff is Handoff.MANAGED:
+            wake = now + attach_patience_s(policy)
+        return replace(record, wake=wake), (Spawn(record.seq),)
+    record, effects = send_end(replace(record, wake=now + attach_patience_s(policy)))
+    return record, (WriteLine(record.seq), *effects)
+
+
+def attach_patience_s(policy: Policy) -> float:
+    """Return how long ATTACHING may last; who starts only then has its start-up in it."""
+    return policy.attach_timeout_s + (0 if starts_early(policy) else policy.ready_timeout_s)
+
+
+def send_end(record: Record) -> Step:
+    """Send END for the candidate, which lives: its end would have been told."""
+    server = record.candidate
+    assert server is not None
+    record = replace(record, pending=True, ends=record.ends + 1)
+    return record, (SendEnd(record.seq, server.pid),)
 
 
 def end_replied(record: Record, error: int, now: float, policy: Policy) -> Step:
@@ -151,28 +184,96 @@ def end_replied(record: Record, error: int, now: float, policy: Policy) -> Step:
         return settle(record, now, policy)
     if record.phase is not Phase.ATTACHING:
         return record, ()
-    if error == 0:
-        return live(record, now, policy)
     name = errno_name(error)
+    if error == 0 and record.candidate:
+        return live(record, record.candidate, now, policy)
+    if error == 0:  # LIVE, and the process that we started has left the serving to another
+        return record, (FindServer(record.seq),)
     if error == errno.EBUSY:  # maybe LIVE already, by somebody else's END: the state will tell
-        return replace(record, detail=name), (ReadInfo(),)
+        return replace(record, refused=name), (ReadInfo(),)
+    if error == errno.EINTR and record.candidate and record.ends < _ENDS_MAX:
+        return send_end(record)  # interrupted, and the server is still at it
+    if error == errno.EINVAL and policy.generation is Generation.G3 and record.ends < _ENDS_MAX:
+        # Everything is fetched, but by another process than the one that we started.
+        return record, (FindServer(record.seq),)
     return fail(record, Reason.END_REFUSED, name, now)
 
 
-def live(record: Record, now: float, policy: Policy) -> Step:
+def server_found(record: Record, server: ServerId | None, now: float, policy: Policy) -> Step:
+    """Take it that another process of the attempt serves, or none does."""
+    if record.phase is Phase.PROBATION and record.server is None:
+        if server is None:
+            return fail(record, Reason.DIED_IN_PROBATION, record.detail, now)
+        return replace(record, server=server), (Watch(server), ReadInfo())
+    if record.phase is not Phase.ATTACHING:
+        return record, ()
+    if server is None or server == record.ended:
+        reason = Reason.END_REFUSED if record.candidate else Reason.DIED_ATTACHING
+        detail = record.detail or "no process of the attempt has the character device open"
+        return fail(record, reason, detail, now)
+    if record.armed is Armed.NO:  # END was 0
+        record, effects = live(record, server, now, policy)
+        return record, (Watch(server), *effects)
+    record = replace(record, candidate=server)
+    if record.pending:  # END for the process that has left; its EINTR brings the next
+        return record, (Watch(server), Cancel(record.seq))
+    record, effects = send_end(record)
+    return record, (Watch(server), *effects)
+
+
+def live(record: Record, server: ServerId, now: float, policy: Policy) -> Step:
     """Believe LIVE for now: the second look decides."""
     record = enter(
         record,
         Phase.PROBATION,
         now,
         wake=now + policy.probation_s,
-        server=record.candidate,
+        server=server,
         candidate=None,
         armed=Armed.NO,
         lined=False,
         agreed=0,
     )
     return record, (ReadInfo(),)
+
+
+# --- its processes' ends -------------------------------------------------------------------------
+
+
+def exited(record: Record, event: ServerExited, now: float, policy: Policy) -> Step:
+    """Take the end of the process that this attempt started."""
+    record = replace(record, ended=event.server)
+    permanent = event.code in policy.permanent_exits
+    match record.phase:
+        case Phase.DRAINING:
+            reason = Reason.PERMANENT_EXIT if permanent else Reason.DIED_BEFORE_READY
+            return fail(record, reason, event.how, now)
+        case Phase.STARTING:  # its START cannot be taken back: decided when that is answered
+            reason = Reason.PERMANENT_EXIT if permanent else Reason.DIED_BEFORE_READY
+            return replace(record, candidate=None, reason=reason, detail=event.how), ()
+        case Phase.ATTACHING if permanent:
+            return fail(record, Reason.PERMANENT_EXIT, event.how, now)
+        case Phase.ATTACHING if policy.handoff is Handoff.DELEGATED:
+            if event.code == 0 or event.how == "unknown":  # its server is another process
+                return replace(record, candidate=None), (ReadInfo(),)
+            return fail(record, Reason.DELEGATE_FAILED, event.how, now)
+        case Phase.ATTACHING if event.code == 0 and not starts_early(policy):
+            detail = "it left no process that has the character device open"
+            return replace(record, candidate=None, detail=detail), (FindServer(record.seq),)
+        case Phase.ATTACHING:
+            return fail(record, Reason.DIED_ATTACHING, event.how, now)
+    return record, ()
+
+
+def died_in_probation(record: Record, event: ServerExited, now: float, policy: Policy) -> Step:
+    """Take the end of the server under which the device had just become LIVE."""
+    managed = policy.handoff is Handoff.MANAGED
+    if event.code == 0 and managed and not starts_early(policy):
+        return replace(record, detail=event.how), (FindServer(record.seq),)
+    reason = Reason.DIED_IN_PROBATION
+    if event.code in policy.permanent_exits:
+        reason = Reason.PERMANENT_EXIT
+    return fail(record, reason, event.how, now)
 
 
 # --- its end --------------------------------------------------------------------------------------
@@ -186,11 +287,14 @@ def fail(record: Record, reason: Reason, detail: str, now: float) -> Step:
     return _stop(replace(record, failures=failures, reason=reason, detail=detail), None, now)
 
 
-def leave(record: Record, then: Phase, now: float, reason: Reason | None = None) -> Step:
+def leave(
+    record: Record, then: Phase, now: float, policy: Policy, reason: Reason | None = None
+) -> Step:
     """End whatever is under way without counting it, and go to ``then``."""
+    record = replace(record, reason=reason)
     if record.phase in ATTEMPTING:
-        return _stop(replace(record, reason=reason), then, now)
-    return arrive(replace(record, reason=reason), then, now)
+        return _stop(record, then, now)
+    return arrive(record, then, now, policy)
 
 
 def _stop(record: Record, then: Phase | None, now: float) -> Step:
@@ -199,33 +303,3 @@ def _stop(record: Record, then: Phase | None, now: float) -> Step:
     cancel = (Cancel(record.seq),) if record.pending else ()
     record = enter(record, Phase.STOPPING, now, wake=now + 1, then=then)
     return record, (*cancel, EndAttempt(record.seq))
-
-
-def settle(record: Record, now: float, policy: Policy) -> Step:
-    """Decide what comes after an attempt, once no process or command of it is left."""
-    if not record.over or record.pending:
-        return record, ()
-    record = replace(record, candidate=None, ready=False)
-    if record.then is not None:
-        return arrive(record, record.then, now)
-    if policy.generation is Generation.G2 and record.lined:
-        detail = f"{record.reason.value if record.reason else ''} {record.detail}".strip()
-        record = replace(record, reason=Reason.HALF_ATTACHED, detail=detail)
-    recent = tuple(at for at in record.failures if now - at <= policy.window_s)
-    record = replace(record, failures=recent)
-    if record.reason in PERMANENT or len(recent) >= policy.attempts_max:
-        return arrive(record, Phase.FAILED, now)
-    backoff_s = min(policy.backoff_max_s, policy.backoff_base_s * 2 ** max(0, len(recent) - 1))
-    return enter(record, Phase.BACKOFF, now, wake=now + backoff_s), ()
-
-
-def arrive(record: Record, phase: Phase, now: float) -> Step:
-    """Rest in a phase that waits for nobody."""
-    record = enter(record, phase, now, wake=None, then=None)
-    return record, (ReadInfo(),) if phase is Phase.OBSERVED else ()
-
-
-def enter(record: Record, phase: Phase, now: float, **changes: object) -> Record:
-    """Change the phase, and remember when."""
-    marks = (*record.marks[: _MARKS_MAX - 1], (phase.value, now))
-    return replace(record, phase=phase, since=now, marks=marks, **changes)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from ublkwatch.ctrl_worker import Workers
 from ublkwatch.events import Transition
 from ublkwatch.launch import Launcher, start_worker
 from ublkwatch.metrics import Metrics, Page
-from ublkwatch.model import Generation, Phase, Policy, ServerId
+from ublkwatch.model import Care, Generation, Phase, Policy, ServerId
 from ublkwatch.monitor import Monitor
 from ublkwatch.perform import Edges
 from ublkwatch.store import Store
@@ -91,10 +91,12 @@ class Daemon:
             clock=time.monotonic,
             wall=time.time,
         )
+        policy = Policy(generation=Generation.of(features), **self._settings.recovery)  # type: ignore[arg-type]
+        commands = self._settings.commands.items()
         self._monitor = Monitor(
             self._wrap(edges),
-            Policy(generation=Generation.of(features), **self._settings.recovery),  # type: ignore[arg-type]
-            dict(self._settings.commands),
+            policy,
+            {dev_id: Care(command, policy) for dev_id, command in commands},
             self._store.load_records(),
             self._store.load_specs(),
         )

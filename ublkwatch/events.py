@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ublkwatch.model import DevInfo, Record, ServerId
+from ublkwatch.model import DevInfo, Order, Record, ServerId
 
 # --- facts: past tense, the machine's only input -------------------------------------------------
 
@@ -29,6 +29,15 @@ class ServerExited:
 
     server: ServerId
     how: str = "unknown"
+    code: int | None = None  # its exit code, where it was our child and exited by itself
+
+
+@dataclass(frozen=True, slots=True)
+class QueueThreadLost:
+    """A thread that serves a queue is gone while its process lives: that queue's I/O hangs."""
+
+    server: ServerId
+    what: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +81,35 @@ class EndReplied:
 
 @dataclass(frozen=True, slots=True)
 class AttemptOver:
-    """No process of attempt ``seq`` is left."""
+    """No process of attempt ``seq`` is left; ``unread``: its line was written and never read."""
 
     seq: int
+    unread: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFound:
+    """Somebody looked which process of attempt ``seq`` has the character device open."""
+
+    seq: int
+    server: ServerId | None
+
+
+@dataclass(frozen=True, slots=True)
+class StopReplied:
+    """STOP_DEV came back: 0, an errno, or ETIMEDOUT for no answer."""
+
+    seq: int
+    error: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """The operator's command ended; ``code`` is None where it was killed or could not be run."""
+
+    seq: int
+    code: int | None
+    how: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +132,25 @@ class Resumed:
     candidate: ServerId | None
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """An operator asks; ``until`` ends a HOLD, ``by`` says who asks, and why."""
+
+    order: Order
+    by: str = ""
+    until: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShutdownBegun:
+    """The host shuts down."""
+
+
 Event = (
     InfoRead
     | InfoMissing
     | ServerExited
+    | QueueThreadLost
     | Spawned
     | Ready
     | SpawnFailed
@@ -108,8 +158,13 @@ Event = (
     | EndReplied
     | AttemptOver
     | HoldersFound
+    | ServerFound
+    | StopReplied
+    | Decided
     | Woken
     | Resumed
+    | Asked
+    | ShutdownBegun
 )
 
 
@@ -179,6 +234,27 @@ class FindHolders:
 
 
 @dataclass(frozen=True, slots=True)
+class FindServer:
+    """Look which process of attempt ``seq`` has the character device open."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendStop:
+    """Send STOP_DEV: whatever I/O waits ends in errors, and the disk is removed."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decide:
+    """Run the operator's command that decides about a device that was given up."""
+
+    seq: int
+
+
+@dataclass(frozen=True, slots=True)
 class Kill:
     """SIGKILL this process; its ServerExited follows."""
 
@@ -195,6 +271,9 @@ Effect = (
     | Cancel
     | EndAttempt
     | FindHolders
+    | FindServer
+    | SendStop
+    | Decide
     | Kill
 )
 

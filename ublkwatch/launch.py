@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from ublkwatch.model import TAG_VARIABLE
 # What a server may inherit from our environment; everything else is ours alone.
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TZ", "HOME")
 _OUTPUT_MAX = 1 << 20
+_SHUTDOWN_ANSWER_S = 5.0
 _OUTPUT_KEPT = 64 << 10
 
 
@@ -37,6 +41,8 @@ class Launcher:
         self._loop = asyncio.get_running_loop()
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._sockets: dict[str, socket.socket] = {}
+        self._fifos: dict[str, int] = {}
+        self._certain: set[str] = set()  # attempts of whose line we know whether it was read
 
     async def start(self, tag: str, command: tuple[str, ...]) -> int:
         """Start the server of an attempt and return its pid; OSError says why it did not start."""
@@ -45,6 +51,7 @@ class Launcher:
         home.mkdir(mode=0o700)
         os.mkfifo(home / "stdin", 0o600)
         self.listen(tag)
+        self._certain.add(tag)
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         environment |= {TAG_VARIABLE: tag, "NOTIFY_SOCKET": str(home / "notify")}
         # In a thread: exec reads the program from a file system that may be slow or hang.
@@ -53,9 +60,16 @@ class Launcher:
         return process.pid
 
     def listen(self, tag: str) -> None:
-        """Hear READY=1 of an attempt's server; after our restart as well."""
+        """Hear READY=1 of an attempt's server; after our restart as well.
+
+        Its FIFO is held open from now on, so that a line which nobody reads can be told from one
+        that was read, also when the server is gone.
+        """
         if tag in self._sockets or not (self._attempts / tag).is_dir():
             return
+        with contextlib.suppress(OSError):
+            stdin = self._attempts / tag / "stdin"
+            self._fifos[tag] = os.open(stdin, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         path = self._attempts / tag / "notify"
         path.unlink(missing_ok=True)
         notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -65,25 +79,30 @@ class Launcher:
 
     def write_line(self, tag: str, line: str) -> None:
         """Give the server its go. It is written whole or not at all (less than PIPE_BUF)."""
-        fifo = os.open(self._attempts / tag / "stdin", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
+        self.listen(tag)
+        fifo = self._fifos.get(tag)
+        if fifo is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"FIFO of {tag}")
+        if _waiting(fifo):  # of our former life, and still there
+            self._certain.add(tag)
+        else:
             os.write(fifo, line.encode() + b"\n")
-        finally:
-            os.close(fifo)
 
-    def how_ended(self, pid: int) -> str:
-        """Say how a process ended: by exit status where it was our child, never by guessing."""
+    def unread(self, tag: str) -> bool:
+        """Tell whether the line was written and is known not to have been read."""
+        fifo = self._fifos.get(tag)
+        return fifo is not None and tag in self._certain and _waiting(fifo) > 0
+
+    def how_ended(self, pid: int) -> tuple[str, int | None]:
+        """Say how a process ended, and its exit code: where it was our child, never by guessing."""
         process = self._children.pop(pid, None)
         if process is None:
-            return "unknown"
+            return "unknown", None
         try:
             status = process.wait(timeout=1)  # its pidfd was readable: it has been a zombie already
         except subprocess.TimeoutExpired:
-            return "unknown"
-        if status < 0:
-            with contextlib.suppress(ValueError):
-                return signal.Signals(-status).name
-        return f"exit status {status}" if status >= 0 else f"signal {-status}"
+            return "unknown", None
+        return _how(status)
 
     def last_words(self, tag: str) -> str:
         """Return the last line that the attempt's server printed."""
@@ -110,6 +129,52 @@ class Launcher:
             if home.name not in tags:
                 self._remove(home.name)
 
+    async def decide(
+        self, command: tuple[str, ...], about: dict[str, str], timeout_s: float
+    ) -> tuple[str, int | None]:
+        """Run the operator's command about a device, and return how it ended, and its exit code."""
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=environment | about,
+                cwd="/",
+                start_new_session=True,
+            )
+        except OSError as error:
+            return str(error), None
+        try:
+            async with asyncio.timeout(timeout_s):
+                return _how(await process.wait())
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            return f"killed after {timeout_s:g} s", None
+
+    async def shutting_down(self) -> bool:
+        """Tell whether the host shuts down, as systemd says; where it does not run, nobody does."""
+        try:
+            await asyncio.to_thread(os.stat, "/run/systemd/system")
+            process = await asyncio.create_subprocess_exec(
+                "systemctl",
+                "is-system-running",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        except OSError:
+            return False
+        try:
+            async with asyncio.timeout(_SHUTDOWN_ANSWER_S):
+                output, _ = await process.communicate()
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            return False
+        return output.strip() == b"stopping"
+
     def close(self) -> None:
         """Stop listening; the servers live on, and so do their FIFOs."""
         for tag in list(self._sockets):
@@ -126,10 +191,26 @@ class Launcher:
         if (notify := self._sockets.pop(tag, None)) is not None:
             self._loop.remove_reader(notify)
             notify.close()
+        if (fifo := self._fifos.pop(tag, None)) is not None:
+            os.close(fifo)
+        self._certain.discard(tag)
 
     def _remove(self, tag: str) -> None:
         self._silence(tag)
         shutil.rmtree(self._attempts / tag, ignore_errors=True)
+
+
+def _how(status: int) -> tuple[str, int | None]:
+    if status >= 0:
+        return f"exit status {status}", status
+    with contextlib.suppress(ValueError):
+        return signal.Signals(-status).name, None
+    return f"signal {-status}", None
+
+
+def _waiting(fifo: int) -> int:
+    """Return how many bytes wait in a FIFO."""
+    return int.from_bytes(fcntl.ioctl(fifo, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def _start(

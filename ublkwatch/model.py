@@ -106,12 +106,16 @@ class Phase(Enum):
 
     OBSERVED = "observed"  # not ours to act on; the reason says why
     WATCHING = "watching"  # LIVE under a server that we watch
+    GRACE = "grace"  # server lost: others may bring it back, for a while
+    HELD = "held"  # server lost, and nothing is done until somebody releases the device
     DRAINING = "draining"  # server lost: the kernel lets go of it while the new one starts
     STARTING = "starting"  # START_USER_RECOVERY is with the kernel
     ATTACHING = "attaching"  # the new server has its line, END_USER_RECOVERY waits for it
     PROBATION = "probation"  # LIVE again; believed after a second look
     STOPPING = "stopping"  # an attempt is being ended: its processes, its END
     BACKOFF = "backoff"  # waiting before the next attempt
+    DECIDING = "deciding"  # gave up; the operator's command says what to make of it
+    FAILING = "failing"  # gave up; STOP_DEV ends the I/O that waits
     FAILED = "failed"  # gave up; the reason says why, docs/recovery.md what to do
     GONE = "gone"  # stopped or deleted: the record is forgotten
 
@@ -125,19 +129,27 @@ class Reason(Enum):
     NEVER_SEEN_LIVE = "it had lost its server before ublkwatch first saw it"
     NO_VISIBLE_SERVER = "LIVE, but no process that we can see serves it (another pid namespace?)"
     UNKNOWN_STATE = "the kernel reports a state that this version does not know"
+    FORGOTTEN = "ublkwatch was told to forget this device"
+    GRACE = "its server is lost; others may bring it back before ublkwatch does"
+    HELD = "held: nothing is done until it is released"
+    SHUTDOWN = "the host shuts down: nothing is recovered"
     SPAWN_FAILED = "the server could not be started"
     DIED_BEFORE_READY = "the server ended before it was ready"
+    PERMANENT_EXIT = "the server's exit code says that another attempt cannot help"
     NOT_READY = "the server was not ready in time"
     NOT_QUIESCED = "the kernel did not let go of the old server in time"
     CHAR_DEVICE_BUSY = "START_USER_RECOVERY: EBUSY, somebody holds the character device open"
     START_REFUSED = "START_USER_RECOVERY was refused"
+    START_INTERRUPTED = "START_USER_RECOVERY was interrupted"
     NO_ANSWER = "a control command was not answered in time"
     DIED_ATTACHING = "the server died while it attached"
     ATTACH_TIMEOUT = "the server did not attach in time"
     END_REFUSED = "END_USER_RECOVERY was refused"
+    DELEGATE_FAILED = "the server's own recover command did not bring the device back"
     DIED_IN_PROBATION = "the server died right after the device was LIVE"
     HALF_ATTACHED = "a server died half attached: on this kernel only STOP_DEV frees the device"
     LIVE_WITHOUT_SERVER = "LIVE, but its server is dead: on this kernel only STOP_DEV frees it"
+    HOLD_TIMEOUT = "I/O had waited as long as it may: hold_timeout_s"
     INTERNAL_ERROR = "a bug in ublkwatch; the log has the details"
 
 
@@ -148,6 +160,16 @@ class Armed(Enum):
     SENT = "sent"  # it is with the kernel
     UNSURE = "unsure"  # it was sent, and no answer will come: we died, or the kernel is stuck
     YES = "yes"  # it returned 0
+
+
+class Order(Enum):
+    """What an operator may ask for; orders.py says when it is refused."""
+
+    HOLD = "hold"  # keep the hands off, for a time or until RELEASE
+    RELEASE = "release"  # end HOLD; what waits for us is taken up
+    RETRY = "retry"  # a new budget for a device that was given up
+    RECOVER = "recover"  # now: whatever we wait for, and also if we never saw it LIVE
+    FORGET = "forget"  # not ours any more, until RECOVER or the device's next life
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,29 +194,78 @@ class Record:
     lined: bool = False  # a line was written since the last START: G2 counts that as half attached
     pending: bool = False  # this attempt's START or END is with the kernel
     over: bool = True  # no process of the attempt is left
+    ends: int = 0  # how often END was sent for this candidate
     then: Phase | None = None  # where STOPPING leads, if not to another attempt
-    failures: tuple[float, ...] = ()  # when attempts failed, within the window
+    failures: tuple[float, ...] = ()  # when attempts failed: this recovery's, and recent ones
     attempts: int = 0  # of this recovery
-    detected_by: str = ""  # "pidfd", "poll" or "startup"
+    decisions: int = 0  # how often the operator's command was asked in this recovery
+    held: bool = False  # an operator holds it
+    held_until: float | None = None  # None: until RELEASE
+    held_by: str = ""  # who holds it, and why
+    give_up_at: float | None = None  # when its I/O will have waited as long as it may
+    overdue: bool = False  # that time has passed
+    ended: ServerId | None = None  # the last process that we saw end: who still names it is late
+    refused: str = ""  # END's EBUSY, until the state has told what it means
+    stopped: bool = False  # we sent STOP_DEV, and it was done
+    crippled: str = ""  # what its server lost, for which it was killed
+    detected_by: str = ""  # "pidfd", "poll", "startup" or "thread"
     marks: tuple[tuple[str, float], ...] = ()  # (phase entered, when) since the server was lost
     recoveries: int = 0
     last_held_s: float | None = None  # of the last recovery, from detection to LIVE
+
+    def next_wake(self) -> float | None:
+        """Return the earliest time at which the machine wants to be asked again."""
+        times = [t for t in (self.wake, self.held_until, self.give_up_at) if t is not None]
+        return min(times, default=None)
 
 
 # --- what the machine is told besides facts ------------------------------------------------------
 
 
+class Handoff(Enum):
+    """Who speaks the recovery commands."""
+
+    MANAGED = "managed"  # we send START and END, the server only attaches
+    DELEGATED = "delegated"  # the server's own recover command sends both
+
+
+class Attach(Enum):
+    """When a managed server attaches."""
+
+    LINE = "line"  # when it is given its line: it starts while the kernel still drains
+    START = "start"  # as soon as it starts: it is started when START was accepted
+
+
+class Exhausted(Enum):
+    """What becomes of a device that was given up, whose I/O waits."""
+
+    HOLD = "hold"  # it goes on waiting, and ublkwatch goes on saying so
+    FAIL = "fail"  # STOP_DEV, once the server is known to be dead: I/O ends in errors
+    EXEC = "exec"  # a command of the operator's decides
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The operator's choices and the kernel's kind, for one device. Times in seconds."""
+    """The operator's choices, the kernel's kind and the dice, for one device. Times in seconds."""
 
     generation: Generation = Generation.G3
     has_spec: bool = True  # the configuration says how to start its server
     seen_live: bool = True  # this very device was LIVE under our eyes, now or in a former life
-    attempts_max: int = 5  # failed attempts within the window, then FAILED
+    shutting_down: bool = False  # the host is
+    chance: float = 1.0  # from 0 to 1, drawn anew for every step: the machine has no dice
+    handoff: Handoff = Handoff.MANAGED
+    attach: Attach = Attach.LINE
+    grace_s: float = 0.0  # before we act, for sites where others restart servers
+    attempts_max: int = 5  # failed attempts in a recovery or within the window, then given up
     window_s: float = 60.0
+    stable_s: float = 30.0  # LIVE for so long, and earlier failures are forgotten
     backoff_base_s: float = 0.2
     backoff_max_s: float = 10.0
+    permanent_exits: frozenset[int] = frozenset({78})  # EX_CONFIG
+    on_exhausted: Exhausted = Exhausted.HOLD
+    hold_timeout_s: float = 0.0  # how long I/O may wait before STOP_DEV; 0: for ever
+    exec_timeout_s: float = 60.0  # for the operator's command
+    decisions_max: int = 3  # how often that may ask for another try in one recovery
     ready_timeout_s: float = 30.0
     # Linux 6.12 needs its block layer's 30 s when the dead server held every tag of a queue.
     drain_timeout_s: float = 90.0
@@ -205,6 +276,15 @@ class Policy:
     drain_poll_s: float = 0.002
     drain_poll_max_s: float = 0.25
     holders_after_s: float = 2.0  # when waiting for the character device begins to need a reason
+
+
+@dataclass(frozen=True, slots=True)
+class Care:
+    """What the configuration says of one device."""
+
+    command: tuple[str, ...]  # starts its server, or recovers it by itself (delegated)
+    policy: Policy = Policy()
+    decider: tuple[str, ...] = ()  # the command of Exhausted.EXEC
 
 
 def errno_name(code: int) -> str:

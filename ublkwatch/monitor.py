@@ -11,21 +11,24 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import random
 from dataclasses import replace
 
-from ublkwatch import recovery
+from ublkwatch import orders, recovery
 from ublkwatch.attempt import ATTEMPTING
 from ublkwatch.events import (
+    Asked,
     Event,
     InfoMissing,
     InfoRead,
     Ready,
     Resumed,
     ServerExited,
+    ShutdownBegun,
     Transition,
     Woken,
 )
-from ublkwatch.model import DevInfo, Phase, Policy, Reason, Record, ServerId, Spec
+from ublkwatch.model import Care, DevInfo, Phase, Policy, Reason, Record, ServerId, Spec
 from ublkwatch.perform import Edges, Performer, tag_of
 from ublkwatch.uapi import DevState
 
@@ -43,20 +46,21 @@ class Monitor:
         self,
         edges: Edges,
         policy: Policy,
-        commands: dict[int, tuple[str, ...]],
+        cares: dict[int, Care],
         records: dict[int, Record],
         specs: dict[int, Spec],
     ) -> None:
-        """Begin with what a former life left; ``policy`` is every device's base."""
+        """Begin with what a former life left; ``policy`` is for devices that have no care."""
         self._edges = edges
         self._policy = policy
-        self._commands = commands
+        self._cares = cares
         self._former = records
         self._specs = specs
         self._records: dict[int, Record] = {}
         self._inbox: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._timers: dict[int, asyncio.TimerHandle] = {}
-        self._performer = Performer(edges, policy, commands, specs, self)
+        self._performer = Performer(edges, cares, specs, self)
+        self._shutting_down = False
         self._look = asyncio.Event()
         self._interval_s = 0.0
         self._ran = edges.clock()
@@ -69,13 +73,25 @@ class Monitor:
         return list(self._records.values())
 
     def policy(self, dev_id: int) -> Policy:
-        """Return the policy of one device."""
+        """Return the policy of one device, with what is true of it just now."""
         spec, record = self._specs.get(dev_id), self._records.get(dev_id)
+        care = self._cares.get(dev_id)
         return replace(
-            self._policy,
-            has_spec=dev_id in self._commands,
+            care.policy if care else self._policy,
+            has_spec=care is not None,
             seen_live=bool(spec and record and spec.instance == record.instance),
+            shutting_down=self._shutting_down,
+            chance=random.random(),  # noqa: S311 - jitter, no secret
         )
+
+    def ask(self, dev_id: int, asked: Asked) -> str:
+        """Take an operator's order; return why it is refused, or "" when it is taken up."""
+        record = self._records.get(dev_id)
+        if record is None:
+            return "no such device is known"
+        if not (refusal := orders.objection(record, asked.order, self.policy(dev_id))):
+            self.post(dev_id, asked)
+        return refusal
 
     def look(self) -> None:
         """Look at all devices now, and not only when the next poll is due."""
@@ -83,12 +99,12 @@ class Monitor:
 
     def server_exited(self, server: ServerId) -> None:
         """Take the news of a watched process's end."""
-        how = self._edges.launcher.how_ended(server.pid)
+        how, code = self._edges.launcher.how_ended(server.pid)
         for record in self.records():
             if server in (record.server, record.candidate):
                 words = self._edges.launcher.last_words(tag_of(record))
                 said = f"{how}: {words}" if words and server == record.candidate else how
-                self.post(record.dev_id, ServerExited(server, said))
+                self.post(record.dev_id, ServerExited(server, said, code))
 
     def ready(self, tag: str) -> None:
         """Take the news that an attempt's server waits for its line."""
@@ -146,6 +162,19 @@ class Monitor:
             self._edges.publish(Transition(self._edges.wall(), now, before, after, name, effects))
         if after.phase is Phase.WATCHING and before.phase is not Phase.WATCHING:
             self._performer.spawn(dev_id, self._performer.learn_early(after))
+        if before.phase is Phase.WATCHING and after.phase is not Phase.WATCHING:
+            self._performer.spawn(dev_id, self._notice_shutdown())
+
+    async def _notice_shutdown(self) -> None:
+        """Ask whether the host shuts down: only then a server's end is no crash.
+
+        Beside the recovery, which goes no further than starting a server before this is answered.
+        """
+        if not self._shutting_down and await self._edges.launcher.shutting_down():
+            self._shutting_down = True
+            _log.warning("the host shuts down: nothing is recovered any more")
+            for record in self.records():
+                self.post(record.dev_id, ShutdownBegun())
 
     def _notice_stall(self, now: float) -> None:
         """Give every deadline back the time in which we did not run; the poll keeps the beat."""
@@ -196,8 +225,8 @@ class Monitor:
     def _arm(self, record: Record) -> None:
         if timer := self._timers.pop(record.dev_id, None):
             timer.cancel()
-        if record.wake is not None:
-            delay = max(0.0, record.wake - self._edges.clock())
+        if (wake := record.next_wake()) is not None:
+            delay = max(0.0, wake - self._edges.clock())
             self._timers[record.dev_id] = asyncio.get_running_loop().call_later(
                 delay, self.post, record.dev_id, Woken()
             )
@@ -256,7 +285,9 @@ class Monitor:
         del self._former[dev_id]
         tag = tag_of(former)
         found = await asyncio.to_thread(self._edges.servers.tagged, tag)
+        node = f"/dev/ublkc{dev_id}"
         candidates = [server for server in found if server != former.server]
+        candidates.sort(key=lambda server: not self._edges.holds(server.pid, node))
         self._edges.launcher.listen(tag)
         self._records[dev_id] = former
         self.post(dev_id, Resumed(candidates[0] if candidates else None))

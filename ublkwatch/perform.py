@@ -14,28 +14,35 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ublkwatch import attempt
 from ublkwatch.events import (
     AttemptOver,
     Cancel,
+    Decide,
+    Decided,
     Effect,
     EndAttempt,
     EndReplied,
     Event,
     FindHolders,
+    FindServer,
     HoldersFound,
     Kill,
     ReadInfo,
     SendEnd,
     SendStart,
+    SendStop,
+    ServerFound,
     Spawn,
     Spawned,
     SpawnFailed,
     StartReplied,
+    StopReplied,
     Transition,
     Watch,
     WriteLine,
 )
-from ublkwatch.model import DevInfo, Policy, QueueConfig, Record, ServerId, Spec
+from ublkwatch.model import Care, DevInfo, Policy, QueueConfig, Record, ServerId, Spec
 
 _log = logging.getLogger("ublkwatch")
 
@@ -74,7 +81,12 @@ class Launcher(Protocol):
     async def start(self, tag: str, command: tuple[str, ...]) -> int: ...
     def listen(self, tag: str) -> None: ...
     def write_line(self, tag: str, line: str) -> None: ...
-    def how_ended(self, pid: int) -> str: ...
+    def unread(self, tag: str) -> bool: ...
+    def how_ended(self, pid: int) -> tuple[str, int | None]: ...
+    async def decide(
+        self, command: tuple[str, ...], about: dict[str, str], timeout_s: float
+    ) -> tuple[str, int | None]: ...
+    async def shutting_down(self) -> bool: ...
     def last_words(self, tag: str) -> str: ...
     def keep_only(self, tags: set[str]) -> None: ...
     def trim(self) -> None: ...
@@ -112,6 +124,7 @@ class Caller(Protocol):
     def post(self, dev_id: int, event: Event) -> None: ...
     def quarantine(self, dev_id: int, error: BaseException) -> None: ...
     async def read(self, dev_id: int) -> None: ...
+    def policy(self, dev_id: int) -> Policy: ...
 
 
 class Performer:
@@ -120,20 +133,27 @@ class Performer:
     def __init__(
         self,
         edges: Edges,
-        policy: Policy,
-        commands: dict[int, tuple[str, ...]],
+        cares: dict[int, Care],
         specs: dict[int, Spec],
         monitor: Caller,
     ) -> None:
         """Work for ``monitor``; ``specs`` grows as devices are learnt."""
         self._edges = edges
-        self._policy = policy
-        self._commands = commands
+        self._cares = cares
         self._specs = specs
         self._monitor = monitor
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: set[str] = set()  # attempts whose processes are being ended just now
         self._learning: dict[int, asyncio.Lock] = {}
+        self._works: dict[type[Effect], Callable[[Record], Coroutine[Any, Any, None]]] = {
+            Spawn: self._start_server,
+            SendStart: self._send_start,
+            FindHolders: self._find_holders,
+            FindServer: self._find_server,
+            EndAttempt: self._end_attempt,
+            SendStop: self._send_stop,
+            Decide: self._decide,
+        }
 
     def close(self) -> None:
         """Stop everything under way; the servers live on."""
@@ -150,10 +170,8 @@ class Performer:
                 edges.servers.watch(effect.server)
             case Kill():
                 edges.servers.kill(effect.server)
-            case Spawn():
-                self.spawn(dev_id, self._start_server(record))
-            case SendStart():
-                self.spawn(dev_id, self._send_start(record))
+            case Cancel():
+                edges.workers.cancel(tag)
             case WriteLine():
                 spec = self._specs.get(dev_id)
                 if spec is not None and spec.instance == record.instance:
@@ -162,12 +180,8 @@ class Performer:
                     self.spawn(dev_id, self._learn_and_write_line(record))
             case SendEnd():
                 self.spawn(dev_id, self._send_end(record, effect.pid))
-            case Cancel():
-                edges.workers.cancel(tag)
-            case FindHolders():
-                self.spawn(dev_id, self._find_holders(record))
-            case EndAttempt():
-                self.spawn(dev_id, self._end_attempt(record))
+            case _:
+                self.spawn(dev_id, self._works[type(effect)](record))
 
     def spawn(self, dev_id: int, work: Coroutine[Any, Any, None]) -> None:
         """Run work as a task of its own; a bug in it harms this device only."""
@@ -184,16 +198,14 @@ class Performer:
         dev_id, seq = record.dev_id, record.seq
         try:
             await self._learn(record)
-            pid = await self._edges.launcher.start(tag_of(record), self._commands[dev_id])
+            pid = await self._edges.launcher.start(tag_of(record), self._cares[dev_id].command)
         except OSError as error:
             self._monitor.post(dev_id, SpawnFailed(seq, str(error)))
             return
         server = self._edges.servers.identify(pid)
         if server is None:
-            how, words = (
-                self._edges.launcher.how_ended(pid),
-                self._edges.launcher.last_words(tag_of(record)),
-            )
+            how, _ = self._edges.launcher.how_ended(pid)
+            words = self._edges.launcher.last_words(tag_of(record))
             self._monitor.post(dev_id, SpawnFailed(seq, f"{how}: {words}" if words else how))
         else:
             self._monitor.post(dev_id, Spawned(seq, server))
@@ -211,8 +223,8 @@ class Performer:
 
     async def _learn_alone(self, record: Record) -> None:
         spec, info = self._specs.get(record.dev_id), record.info
-        command = self._commands.get(record.dev_id)
-        if info is None or command is None or (spec and spec.instance == record.instance):
+        care = self._cares.get(record.dev_id)
+        if info is None or care is None or (spec and spec.instance == record.instance):
             return
         answer = await self._edges.workers.call(
             "GET_PARAMS", record.dev_id, f"params {record.dev_id}", timeout_s=_PARAMS_TIMEOUT_S
@@ -224,7 +236,7 @@ class Performer:
             flags=int(info.flags),
             params=answer["params"],
         )
-        spec = Spec(record.dev_id, record.instance, queue, command)
+        spec = Spec(record.dev_id, record.instance, queue, care.command)
         self._specs[record.dev_id] = spec
         try:
             await asyncio.to_thread(self._edges.store.save_spec, spec)
@@ -232,16 +244,39 @@ class Performer:
             _log.warning("ublk %d: spec not saved: %s", record.dev_id, error)
 
     async def _send_start(self, record: Record) -> None:
-        busy_s = self._policy.start_timeout_s
+        busy_s = self._monitor.policy(record.dev_id).start_timeout_s
         error = await self._call(
             "START_USER_RECOVERY", record, timeout_s=busy_s + _COMMAND_S, busy_s=busy_s
         )
         self._monitor.post(record.dev_id, StartReplied(record.seq, error))
 
     async def _send_end(self, record: Record, pid: int) -> None:
-        timeout_s = self._policy.attach_timeout_s + _COMMAND_S
+        policy = self._monitor.policy(record.dev_id)
+        timeout_s = attempt.attach_patience_s(policy) + _COMMAND_S
         error = await self._call("END_USER_RECOVERY", record, timeout_s=timeout_s, pid=pid)
         self._monitor.post(record.dev_id, EndReplied(record.seq, error))
+
+    async def _send_stop(self, record: Record) -> None:
+        timeout_s = self._monitor.policy(record.dev_id).stop_timeout_s
+        error = await self._call("STOP_DEV", record, timeout_s=timeout_s)
+        self._monitor.post(record.dev_id, StopReplied(record.seq, error))
+
+    async def _decide(self, record: Record) -> None:
+        care = self._cares.get(record.dev_id)
+        if care is None or not care.decider:
+            self._monitor.post(record.dev_id, Decided(record.seq, None, "none is configured"))
+            return
+        about = {
+            "UBLKWATCH_DEVICE": f"ublkb{record.dev_id}",
+            "UBLKWATCH_DEV_ID": str(record.dev_id),
+            "UBLKWATCH_REASON": record.reason.name if record.reason else "",
+            "UBLKWATCH_DETAIL": record.detail,
+            "UBLKWATCH_ATTEMPTS": str(record.attempts),
+        }
+        how, code = await self._edges.launcher.decide(
+            care.decider, about, care.policy.exec_timeout_s
+        )
+        self._monitor.post(record.dev_id, Decided(record.seq, code, how))
 
     async def _call(
         self, command: str, record: Record, *, timeout_s: float, **arguments: float
@@ -284,15 +319,22 @@ class Performer:
         who = await asyncio.to_thread(self._edges.holders, f"/dev/ublkc{record.dev_id}")
         self._monitor.post(record.dev_id, HoldersFound(record.seq, who))
 
+    async def _find_server(self, record: Record) -> None:
+        node, tag = f"/dev/ublkc{record.dev_id}", tag_of(record)
+        found = await asyncio.to_thread(self._edges.servers.tagged, tag)
+        holding = [server for server in found if self._edges.holds(server.pid, node)]
+        self._monitor.post(record.dev_id, ServerFound(record.seq, holding[0] if holding else None))
+
     async def _end_attempt(self, record: Record) -> None:
         tag = tag_of(record)
         if tag in self._ending:  # the machine asks again and again; a search is going on already
             return
         self._ending.add(tag)
         try:
-            async with asyncio.timeout(self._policy.stop_timeout_s):
+            async with asyncio.timeout(self._monitor.policy(record.dev_id).stop_timeout_s):
                 await self._edges.servers.end_tagged(tag)
-            self._monitor.post(record.dev_id, AttemptOver(record.seq))
+            unread = self._edges.launcher.unread(tag)
+            self._monitor.post(record.dev_id, AttemptOver(record.seq, unread))
         except TimeoutError:
             pass  # the machine's own deadline speaks of it
         finally:

@@ -163,6 +163,7 @@ def _decode_record(content: dict[str, Any], version: int) -> Record:
             "then": Phase[content["then"]] if content["then"] else None,
             "server": ServerId(**content["server"]) if content["server"] else None,
             "candidate": ServerId(**content["candidate"]) if content["candidate"] else None,
+            "ended": ServerId(**content["ended"]) if content.get("ended") else None,
             "failures": tuple(content["failures"]),
             "marks": tuple((name, at) for name, at in content["marks"]),
         }

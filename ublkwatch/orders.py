@@ -1,0 +1,150 @@
+"""What operators may ask for, when it is refused and why, and what follows. Pure.
+
+A part of the machine: rule 12 at the head of recovery.py. Whoever takes an order from a person asks
+``objection`` first, so that a refusal has words; the machine asks it again, since facts are faster
+than people.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ublkwatch import attempt, verdict
+from ublkwatch.events import Asked, ReadInfo
+from ublkwatch.model import Armed, Generation, Order, Phase, Policy, Reason, Record
+from ublkwatch.uapi import DevState
+from ublkwatch.verdict import Step
+
+# Where an outage waits for time, for us, or for the operator.
+WAITING = frozenset({Phase.GRACE, Phase.HELD, Phase.BACKOFF, Phase.FAILED})
+# Only STOP_DEV frees a device of which this is true.
+_LOST_FOR_GOOD = frozenset({Reason.HALF_ATTACHED, Reason.LIVE_WITHOUT_SERVER})
+_DOWN = (DevState.QUIESCED, DevState.FAIL_IO)
+
+
+def objection(record: Record, order: Order, policy: Policy) -> str:
+    """Return why an order is refused, in words for the operator; "" when it is not."""
+    phase = record.phase
+    if phase is Phase.GONE:
+        return "the device is gone"
+    if record.reason is Reason.INTERNAL_ERROR:
+        return "a bug in ublkwatch stopped it from acting on this device; restart ublkwatch"
+    if order is Order.RELEASE:
+        return "" if record.held else "it is not held"
+    if phase is Phase.FAILING:
+        return "it is being stopped by STOP_DEV, which cannot be taken back"
+    if phase is Phase.OBSERVED and order is not Order.RECOVER:
+        return f"ublkwatch does not act on it: {_why(record)}"
+    match order:
+        case Order.RETRY if phase not in (Phase.FAILED, Phase.BACKOFF):
+            return f"it was not given up: it is {phase.value}"
+        case Order.RETRY if record.held:
+            return "it is held; release it first"
+        case Order.RETRY | Order.RECOVER:
+            return _cannot_begin(record, policy)
+        case Order.FORGET if policy.generation is Generation.G2 and phase is Phase.ATTACHING:
+            return "a server attaches just now, and to end it would wedge the device; ask again"
+    return ""
+
+
+def _cannot_begin(record: Record, policy: Policy) -> str:
+    if record.stopped:
+        return "it was stopped; create it again by its own program"
+    if not policy.has_spec:
+        return Reason.NO_SPEC.value
+    if policy.generation is Generation.G2 and record.reason in _LOST_FOR_GOOD:
+        return f"{_why(record)}; to recover it again could crash the kernel"
+    if record.phase is Phase.OBSERVED:
+        known = record.reason in (Reason.NEVER_SEEN_LIVE, Reason.FORGOTTEN)
+        down = record.info is not None and record.info.state in _DOWN
+        return "" if known and down else f"there is nothing to recover: {_why(record)}"
+    if record.phase not in WAITING:
+        return f"it is {record.phase.value} already"
+    return ""
+
+
+def _why(record: Record) -> str:
+    return record.reason.value if record.reason else record.phase.value
+
+
+def obey(record: Record, asked: Asked, now: float, policy: Policy) -> Step:
+    """Do what was asked for, unless it is refused."""
+    if objection(record, asked.order, policy):
+        return record, ()
+    match asked.order:
+        case Order.HOLD:
+            return _hold(record, asked, now, policy)
+        case Order.RELEASE:
+            return release(record, now, policy)
+        case Order.FORGET:
+            return _forget(record, asked, now, policy)
+        case Order.RETRY | Order.RECOVER:
+            return _again(record, now, policy)
+
+
+def _hold(record: Record, asked: Asked, now: float, policy: Policy) -> Step:
+    """Hold it. What has sent START goes on to its end: to break it off could wedge the device."""
+    record = replace(record, held=True, held_until=asked.until, held_by=asked.by)
+    match record.phase:
+        case Phase.DRAINING:
+            return attempt.leave(record, Phase.HELD, now, policy)
+        case Phase.GRACE | Phase.BACKOFF | Phase.DECIDING | Phase.HELD:
+            return verdict.hold(record, now, policy), ()
+    return record, ()
+
+
+def release(record: Record, now: float, policy: Policy) -> Step:
+    """End the hold, and take up what waited for that."""
+    record = replace(record, held=False, held_until=None, held_by="")
+    match record.phase:
+        case Phase.HELD:
+            return begin(record, now, policy)
+        case Phase.FAILED if record.overdue and not record.stopped:
+            return verdict.failing(record, now, policy)
+    return record, ()
+
+
+def begin(record: Record, now: float, policy: Policy) -> Step:
+    """Begin to bring the device back, or hold it where the hands are bound."""
+    if verdict.hands_bound(record, policy):
+        return verdict.hold(record, now, policy), ()
+    return attempt.begin(replace(record, reason=None, detail=""), now, policy)
+
+
+def _again(record: Record, now: float, policy: Policy) -> Step:
+    """Begin now, with a new budget: the operator vouches for it."""
+    started = record.marks or (("lost", now),)
+    armed = record.armed
+    if policy.generation is Generation.G2 and record.reason is Reason.START_REFUSED:
+        armed = Armed.UNSURE  # somebody's START was taken; now EINVAL will mean that it was
+    record = replace(
+        record,
+        held=False,
+        held_until=None,
+        held_by="",
+        failures=(),
+        decisions=0,
+        lined=False,
+        armed=armed,
+        marks=started,
+        give_up_at=now + policy.hold_timeout_s if policy.hold_timeout_s else None,
+        overdue=False,
+        detected_by=record.detected_by or "startup",
+    )
+    return attempt.begin(replace(record, reason=None, detail=""), now, policy)
+
+
+def _forget(record: Record, asked: Asked, now: float, policy: Policy) -> Step:
+    """Take the hands off it, whatever is under way."""
+    record = replace(
+        record,
+        held=False,
+        held_until=None,
+        held_by="",
+        give_up_at=None,
+        overdue=False,
+        failures=(),
+        detail=asked.by,
+    )
+    record, effects = attempt.leave(record, Phase.OBSERVED, now, policy, Reason.FORGOTTEN)
+    return record, effects or (ReadInfo(),)

@@ -1,0 +1,72 @@
+"""How the machine goes on after our own death: from facts, with deadlines armed anew. Pure.
+
+A part of the machine: rule 11 at the head of recovery.py. No command of our former life is with the
+kernel any more: its worker ended with us. A candidate is found by its tag; it may have said READY=1
+to nobody, and its line waits in the FIFO until it reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ublkwatch import attempt, orders, verdict
+from ublkwatch.events import EndAttempt, ReadInfo, SendStart, Watch
+from ublkwatch.model import Armed, Handoff, Phase, Policy, Reason, Record, ServerId
+from ublkwatch.verdict import Step
+
+_DOWN = "while ublkwatch was down"
+
+
+def resume(record: Record, candidate: ServerId | None, now: float, policy: Policy) -> Step:
+    """Go on with what the record says, and with the candidate that was found."""
+    armed = Armed.UNSURE if record.armed is Armed.SENT else record.armed
+    record = replace(
+        record, since=now, agreed=0, pending=False, armed=armed, candidate=candidate, ready=True
+    )
+    record, effects = _go_on(record, now, policy)
+    watch = tuple(Watch(server) for server in (record.server, candidate) if server)
+    return record, watch + effects
+
+
+def _go_on(  # noqa: C901, PLR0912 - one arm for each phase
+    record: Record, now: float, policy: Policy
+) -> Step:
+    early = attempt.starts_early(policy)
+    soon = now + policy.drain_poll_s
+    match record.phase:
+        case Phase.GRACE:
+            return replace(record, wake=now + policy.grace_s), (ReadInfo(),)
+        case Phase.HELD if not verdict.hands_bound(record, policy):
+            return orders.begin(record, now, policy)
+        case Phase.DRAINING if early and not record.candidate:
+            return attempt.begin(record, now, policy)
+        case Phase.DRAINING:
+            return replace(record, wake=soon), (ReadInfo(),)
+        case Phase.STARTING if early and not record.candidate:
+            return attempt.fail(record, Reason.DIED_BEFORE_READY, _DOWN, now)
+        case Phase.STARTING:
+            # The attempt's START again: G3 does not mind, G2's answer tells whether it was taken.
+            wake = now + policy.holders_after_s
+            return replace(record, wake=wake, pending=True), (SendStart(record.seq),)
+        case Phase.ATTACHING if policy.handoff is Handoff.DELEGATED:
+            return replace(record, wake=soon), (ReadInfo(),)
+        case Phase.ATTACHING if not record.candidate:
+            return attempt.fail(record, Reason.DIED_ATTACHING, _DOWN, now)
+        case Phase.ATTACHING if early:
+            # A server reads one line only: a second one does no harm, a missing one would.
+            return attempt.attach(record, now, policy)
+        case Phase.ATTACHING:
+            return attempt.send_end(
+                replace(record, wake=now + attempt.attach_patience_s(policy), ends=0)
+            )
+        case Phase.PROBATION:
+            return replace(record, wake=now + policy.probation_s), (ReadInfo(),)
+        case Phase.STOPPING:
+            return replace(record, wake=now + 1), (EndAttempt(record.seq),)
+        case Phase.BACKOFF:
+            return replace(record, wake=now + policy.backoff_base_s), ()
+        case Phase.DECIDING:
+            return verdict.undecided(record, "not known: ublkwatch was restarted", now), ()
+        case Phase.FAILING:
+            return verdict.failing(record, now, policy)
+    return record, (ReadInfo(),)

@@ -1,0 +1,105 @@
+"""What the machine does when a time has come that it had asked for. Pure.
+
+A part of the machine: rule 10 at the head of recovery.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ublkwatch import attempt, orders, verdict
+from ublkwatch.events import EndAttempt, FindHolders, ReadInfo
+from ublkwatch.model import Armed, Generation, Phase, Policy, Reason, Record
+from ublkwatch.uapi import DevState
+from ublkwatch.verdict import Step
+
+
+def woken(record: Record, now: float, policy: Policy) -> Step:
+    """Take it that it is ``now``: the end of a hold, of I/O's patience, of a phase's own wait."""
+    if record.held and record.held_until is not None and now >= record.held_until:
+        return orders.release(record, now, policy)
+    if record.give_up_at is not None and now >= record.give_up_at:
+        if record.phase is Phase.DRAINING and not verdict.hands_bound(record, policy):
+            late = replace(record, give_up_at=None, overdue=True)
+            return attempt.leave(late, Phase.FAILING, now, policy)
+        return verdict.overdue(record, now, policy)
+    if record.wake is None or now < record.wake:
+        return record, ()
+    return _on_wake(record, now, policy)
+
+
+def _on_wake(record: Record, now: float, policy: Policy) -> Step:
+    waited = now - record.since
+    match record.phase:
+        case Phase.GRACE:
+            return orders.begin(record, now, policy)
+        case Phase.DRAINING:
+            return _on_draining(record, now, policy)
+        case Phase.STARTING if waited < attempt.start_patience_s(policy):
+            wake = record.since + attempt.start_patience_s(policy)
+            return replace(record, wake=wake), (FindHolders(record.seq),)
+        case Phase.STARTING:
+            unsure = replace(record, armed=Armed.UNSURE)
+            return attempt.fail(unsure, Reason.NO_ANSWER, "START_USER_RECOVERY", now)
+        case Phase.ATTACHING if waited < attempt.attach_patience_s(policy):
+            return replace(record, wake=now + _pause(waited, policy)), (ReadInfo(),)
+        case Phase.ATTACHING:
+            return attempt.fail(record, Reason.ATTACH_TIMEOUT, f"after {waited:.0f} s", now)
+        case Phase.PROBATION:
+            return replace(record, wake=now + policy.probation_s), (ReadInfo(),)
+        case Phase.BACKOFF:
+            return attempt.begin(record, now, policy)
+        case Phase.STOPPING if waited >= policy.stop_timeout_s:
+            stuck = replace(record, reason=Reason.NO_ANSWER, detail=_what_hangs(record))
+            return verdict.arrive(stuck, _refuge(record), now, policy)
+        case Phase.STOPPING:  # a process in uninterruptible sleep takes its signal later
+            return replace(record, wake=now + 1), (EndAttempt(record.seq),)
+        case Phase.DECIDING:
+            return verdict.undecided(record, "no answer in time", now), ()
+        case Phase.FAILING:
+            trouble = "STOP_DEV was not answered" if record.pending else "STOP_DEV was not sent"
+            return verdict.stop_over(record, trouble, now)
+    return replace(record, wake=None), ()
+
+
+def _on_draining(record: Record, now: float, policy: Policy) -> Step:
+    """Poll while the kernel drains; once it takes long, find out who is in the way."""
+    waited = now - record.since
+    early = attempt.starts_early(policy)
+    if early and not record.ready and waited >= policy.ready_timeout_s:
+        return attempt.fail(record, Reason.NOT_READY, f"after {waited:.0f} s", now)
+    if waited >= policy.drain_timeout_s and not attempt.let_go(record):
+        return _undrained(record, now, policy)
+    if early and attempt.let_go(record) and not record.ready:
+        # It has let go. What is missing is the new server, which needs the CPU more than we do.
+        return replace(record, wake=record.since + policy.ready_timeout_s), ()
+    record = replace(record, wake=now + _pause(waited, policy))
+    if waited < policy.holders_after_s or record.holders:
+        return record, (ReadInfo(),)
+    record = replace(record, holders="looking who holds the character device")
+    return record, (ReadInfo(), FindHolders(record.seq))
+
+
+def _pause(waited: float, policy: Policy) -> float:
+    return min(policy.drain_poll_max_s, max(policy.drain_poll_s, waited / 16))
+
+
+def _undrained(record: Record, now: float, policy: Policy) -> Step:
+    """Name what the kernel's not letting go means."""
+    live = record.info is not None and record.info.state is DevState.LIVE
+    if live and not record.server and policy.generation is Generation.G2:
+        # What a G2 driver makes of END for a server that had fetched everything and then died.
+        return attempt.fail(record, Reason.LIVE_WITHOUT_SERVER, "", now)
+    pid = record.info.ublksrv_pid if record.info else None
+    detail = f"LIVE with ublksrv_pid {pid}" if live else ""
+    detail = "; ".join(part for part in (detail, record.holders) if part)
+    return attempt.fail(record, Reason.NOT_QUIESCED, detail, now)
+
+
+def _what_hangs(record: Record) -> str:
+    return "a control command" if record.pending else "its processes were not seen to end"
+
+
+def _refuge(record: Record) -> Phase:
+    """Return where an attempt leads that could not be ended: nothing may be stopped behind it."""
+    return Phase.FAILED if record.then in (None, Phase.FAILING) else record.then

@@ -1,0 +1,176 @@
+"""What comes after an attempt: another one, or giving up, and what giving up means.
+
+Pure, a part of the machine; the numbered rules are at the head of recovery.py. An attempt that
+failed leads to BACKOFF and another one, while the budget lasts and another one can help. After that
+the operator's choice holds: FAILED (I/O goes on waiting), FAILING (STOP_DEV ends it), or DECIDING
+(a command of the operator's says which).
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+
+from ublkwatch.events import Decide, Effect, Kill, ReadInfo, SendStop
+from ublkwatch.model import (
+    Exhausted,
+    Generation,
+    Handoff,
+    Phase,
+    Policy,
+    Reason,
+    Record,
+    errno_name,
+)
+
+Step = tuple[Record, tuple[Effect, ...]]
+
+# Another attempt cannot cure these.
+PERMANENT = frozenset(
+    {
+        Reason.PERMANENT_EXIT,
+        Reason.NOT_QUIESCED,
+        Reason.START_REFUSED,
+        Reason.NO_ANSWER,
+        Reason.HALF_ATTACHED,
+        Reason.LIVE_WITHOUT_SERVER,
+    }
+)
+# What the operator's command says by its exit code; anything else means HOLD.
+SAYS_RETRY, SAYS_FAIL = 10, 20
+_MARKS_MAX = 64
+_ANSWER_S = 15.0  # for a reply to reach us after its command's own deadline
+
+
+def enter(record: Record, phase: Phase, now: float, **changes: object) -> Record:
+    """Change the phase, and remember when."""
+    marks = (*record.marks[: _MARKS_MAX - 1], (phase.value, now))
+    return replace(record, phase=phase, since=now, marks=marks, **changes)  # type: ignore[arg-type]
+
+
+def arrive(record: Record, phase: Phase, now: float, policy: Policy) -> Step:
+    """Go to a phase in which no attempt is under way."""
+    record = replace(record, then=None)
+    match phase:
+        case Phase.FAILING:
+            return failing(record, now, policy)
+        case Phase.HELD:
+            return hold(record, now, policy), ()
+        case Phase.OBSERVED:
+            return enter(record, phase, now, wake=None), (ReadInfo(),)
+    return enter(record, phase, now, wake=None), ()
+
+
+def hold(record: Record, now: float, policy: Policy) -> Record:
+    """Wait for the operator, or for the host's end."""
+    reason = Reason.SHUTDOWN if policy.shutting_down and not record.held else Reason.HELD
+    detail = record.held_by if reason is Reason.HELD else ""
+    return enter(record, Phase.HELD, now, wake=None, reason=reason, detail=detail)
+
+
+def hands_bound(record: Record, policy: Policy) -> bool:
+    """Tell whether nothing may be begun or ended now."""
+    return record.held or policy.shutting_down
+
+
+# --- after an attempt ----------------------------------------------------------------------------
+
+
+def settle(record: Record, now: float, policy: Policy) -> Step:
+    """Decide what comes after an attempt, once no process or command of it is left."""
+    if not record.over or record.pending:
+        return record, ()
+    ended = record.candidate or record.ended
+    record = replace(record, candidate=None, ready=False, ended=ended)
+    if record.then is not None:
+        return arrive(record, record.then, now, policy)
+    final = record.reason in PERMANENT or len(record.failures) >= policy.attempts_max
+    if policy.generation is Generation.G2 and record.lined:
+        final = True
+        if policy.handoff is Handoff.MANAGED:
+            detail = f"{record.reason.value if record.reason else ''} {record.detail}".strip()
+            record = replace(record, reason=Reason.HALF_ATTACHED, detail=detail)
+    if hands_bound(record, policy):
+        return hold(record, now, policy), ()
+    if record.overdue:
+        return failing(record, now, policy)
+    if final:
+        return exhausted(record, now, policy)
+    longest_s = policy.backoff_base_s * 2 ** min(len(record.failures) - 1, 32)
+    backoff_s = min(policy.backoff_max_s, longest_s) * policy.chance
+    return enter(record, Phase.BACKOFF, now, wake=now + backoff_s), ()
+
+
+def exhausted(record: Record, now: float, policy: Policy) -> Step:
+    """Give up, as the operator chose."""
+    match policy.on_exhausted:
+        case Exhausted.FAIL:
+            return failing(record, now, policy)
+        case Exhausted.EXEC if record.decisions < policy.decisions_max:
+            wake = now + policy.exec_timeout_s + _ANSWER_S
+            decisions = record.decisions + 1
+            record = enter(record, Phase.DECIDING, now, wake=wake, decisions=decisions)
+            return record, (Decide(record.seq),)
+    return enter(record, Phase.FAILED, now, wake=None), ()
+
+
+def overdue(record: Record, now: float, policy: Policy) -> Step:
+    """Take it that I/O has waited as long as it may; an attempt past its START may still end it."""
+    record = replace(record, give_up_at=None, overdue=True)
+    waits = record.phase in (Phase.GRACE, Phase.BACKOFF, Phase.DECIDING, Phase.FAILED)
+    if waits and not hands_bound(record, policy):
+        return failing(record, now, policy)
+    return record, ()
+
+
+def undecided(record: Record, how: str, now: float) -> Record:
+    """Hold, because the operator's command did not say anything else."""
+    detail = "; ".join(part for part in (record.detail, f"on_exhausted command: {how}") if part)
+    return enter(record, Phase.FAILED, now, wake=None, detail=detail)
+
+
+# --- STOP_DEV ------------------------------------------------------------------------------------
+
+
+def failing(record: Record, now: float, policy: Policy) -> Step:
+    """Begin to end the I/O that waits: the server has to be dead, and the state read anew."""
+    reason = record.reason
+    if record.overdue and reason in (None, Reason.GRACE, Reason.HELD, Reason.SHUTDOWN):
+        reason = Reason.HOLD_TIMEOUT
+    stray = (Kill(record.server),) if record.server else ()
+    record = enter(
+        record,
+        Phase.FAILING,
+        now,
+        wake=now + policy.stop_timeout_s,
+        reason=reason,
+        agreed=0,
+        give_up_at=None,
+        overdue=False,
+    )
+    return record, (*stray, ReadInfo())
+
+
+def send_stop(record: Record, now: float, policy: Policy) -> Step:
+    """Send STOP_DEV, if the server is gone and the state agreed on."""
+    if record.pending or record.server:
+        return record, ()
+    wake = now + policy.stop_timeout_s + _ANSWER_S
+    return replace(record, pending=True, wake=wake), (SendStop(record.seq),)
+
+
+def stop_replied(record: Record, error: int, now: float, policy: Policy) -> Step:
+    """Take the answer to STOP_DEV: 0, an errno, or ETIMEDOUT for no answer."""
+    record = replace(record, pending=False)
+    if record.phase is not Phase.FAILING:
+        return replace(record, stopped=record.stopped or not error), ()
+    if error == errno.ENODEV:
+        return arrive(record, Phase.GONE, now, policy)
+    return stop_over(record, f"STOP_DEV: {errno_name(error)}" if error else "", now)
+
+
+def stop_over(record: Record, trouble: str, now: float) -> Step:
+    """Rest: the device was stopped, or could not be."""
+    detail = "; ".join(part for part in (record.detail, trouble) if part)
+    record = replace(record, stopped=not trouble, detail=detail)
+    return enter(record, Phase.FAILED, now, wake=None), ()
