@@ -2,6 +2,7 @@
 
     python -m ublkwatch.demo.server --target ram                      attach: READY, line, serve
     python -m ublkwatch.demo.server --target ram --size 64M --create 0    create the device, serve
+    python -m ublkwatch.demo.server --target ram --recover 0    recover it by commands of its own
 
 It exits 0 when its devices are gone, 1 on an error that may pass, 78 on one that will not.
 """
@@ -59,6 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--size", type=size, help="bytes, or with K, M, G; default: as large as the file")
     add("--dev-id", type=int, help="attach: open the target of this device before the line comes")
     add("--create", type=lambda text: [int(part) for part in text.split(",")], metavar="N[,N...]")
+    add("--recover", type=int, metavar="N", help="send START and END itself (delegated)")
+    add("--attach", type=int, metavar="N", help="attach at once, without a line (attach = start)")
+    add("--daemonize", action="store_true", help="serve in a child (with --recover, --attach)")
     add("--stop", type=int, metavar="N", help="only send STOP_DEV")
     add("--delete", type=int, metavar="N", help="only send DEL_DEV")
     add("--recovery", choices=("none", "plain", "reissue", "fail_io"), default="reissue")
@@ -80,13 +84,17 @@ def die_with_thread(caught: threading.ExceptHookArgs) -> None:
 
 def run(options: argparse.Namespace, spec: TargetSpec, faults: Faults) -> None:
     """Do what the command line says."""
-    if options.create is None and options.stop is None and options.delete is None:
-        attach(spec, options.dev_id, faults)
-        return
-    # Only now, because asyncio is slower to load than all the rest, and attaching needs none of it.
-    from ublkwatch.demo import create  # noqa: PLC0415
+    # Late, because asyncio is slower to load than all the rest, and attaching needs none of it.
+    if options.recover is not None or options.attach is not None:
+        from ublkwatch.demo import recover  # noqa: PLC0415
 
-    create.run(options, spec, faults)
+        recover.run(options, spec, faults)
+    elif (options.create, options.stop, options.delete) != (None, None, None):
+        from ublkwatch.demo import create  # noqa: PLC0415
+
+        create.run(options, spec, faults)
+    else:
+        attach(spec, options.dev_id, faults)
 
 
 def main() -> NoReturn:
