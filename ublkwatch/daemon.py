@@ -148,7 +148,8 @@ class Daemon:
         self._metrics.publish(transition)
         self._dirty.set()
         before, after = transition.before.phase, transition.after.phase
-        if (before, after) == (Phase.PROBATION, Phase.WATCHING) or after is Phase.FAILED:
+        gave_up = after is Phase.FAILED and before is not Phase.FAILED
+        if gave_up or (before, after) == (Phase.PROBATION, Phase.WATCHING):
             try:
                 self._history.put_nowait(_history_entry(transition))
             except asyncio.QueueFull:
