@@ -1,0 +1,417 @@
+"""A model of one ublk device of ublk_drv, in its two dialects, on virtual time.
+
+Sections (3.5, say) are those of the research into the driver that docs/kernel.md sums up; "G2" is
+Linux 6.12, "G3" is 7.3. What the control commands do to a device is here, what goes around them
+(who is asked, who waits, what is cancelled) in twin.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from processes import Process
+
+from ublkwatch.model import DevInfo, Generation, RecoveryMode
+from ublkwatch.uapi import DevState
+
+
+class KernelOops(AssertionError):  # noqa: N818 - what the kernel calls it
+    """The real driver would have crashed here."""
+
+
+@dataclass
+class Timing:
+    """How long the kernel takes: (least, most) seconds (3.2)."""
+
+    command_s: tuple[float, float] = (0.0001, 0.002)
+    cancel_s: tuple[float, float] = (0.004, 0.03)  # from a ring's end to the cancelled commands
+    release_s: tuple[float, float] = (0.001, 0.02)  # from the last close to OPEN being cleared
+    io_s: tuple[float, float] = (0.0002, 0.004)
+    block_timeout_s: float = 30.0  # the block layer's, G2's last resort (3.1, "saturated")
+
+
+class Pulse:
+    """Wakes whoever waits for something to change; each looks for himself."""
+
+    def __init__(self) -> None:
+        self._waiters: list[asyncio.Future[None]] = []
+
+    def beat(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait(self) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+
+@dataclass
+class Kernel:
+    """What all devices of a machine share."""
+
+    generation: Generation
+    rng: random.Random
+    timing: Timing
+    note: Callable[[str], None]
+    pulse: Pulse = field(default_factory=Pulse)
+
+
+class CharFile:
+    """/dev/ublkcN, opened once; a forked child shares it (3.4, 3.7)."""
+
+    def __init__(self, device: Device, opener: Process) -> None:
+        self.device, self.opener = device, opener
+        self.holders = {opener}
+        opener.files.append(self)
+
+    def share(self, child: Process) -> None:
+        self.holders.add(child)
+        child.files.append(self)
+
+    def closed_by(self, process: Process, *, dying: bool) -> None:
+        self.holders.discard(process)
+        process.files.remove(self)
+        self.device.closed(self, process, dying=dying)
+
+
+@dataclass
+class Queue:
+    depth: int
+    fetched: set[int] = field(default_factory=set)
+    daemon: Process | None = None  # set by the fetch that completes the queue (9.1)
+    fetcher: Process | None = None  # who fetched anything of it
+    in_server: list[asyncio.Future[int]] = field(default_factory=list)  # requests in its hands
+    cancelled: bool = False
+
+    @property
+    def ready(self) -> bool:
+        return len(self.fetched) == self.depth
+
+    def reset(self) -> None:
+        self.fetched.clear()
+        self.daemon, self.fetcher, self.cancelled = None, None, False
+
+
+@dataclass
+class Io:
+    """What became of the requests: the oracle."""
+
+    issued: int = 0
+    completed: int = 0
+    failed: int = 0
+    waiting: list[asyncio.Future[int]] = field(default_factory=list)
+
+
+class Device:
+    """One device from ADD_DEV to the end of its id."""
+
+    def __init__(self, kernel: Kernel, info: DevInfo) -> None:
+        self.generation, self.dev_id, self.flags = kernel.generation, info.dev_id, info.flags
+        self.mode = RecoveryMode.of(info.flags)
+        self.queues = [Queue(info.queue_depth) for _ in range(info.nr_hw_queues)]
+        self.state = DevState.DEAD
+        self.pid = -1
+        self.diskseq: int | None = None
+        self.removed = False  # deleted; its id may still be held (2.6, DEL_DEV_ASYNC)
+        self.io = Io()
+        self.mutex = asyncio.Lock()  # ub->mutex: its waiters cannot be killed (6.2)
+        self.pulse, self.timing = kernel.pulse, kernel.timing
+        self._template, self._rng, self._note = info, kernel.rng, kernel.note
+        self.file: CharFile | None = None
+        self.open = False  # UB_STATE_OPEN
+        self.server: Process | None = None  # who was the last to open it
+        self._mm: Process | None = None  # whose memory the first mmap pinned
+        self.completed = False  # G2's ub->completion: stale until START makes it anew
+        self.stopping = False  # G3's flag: STOP_DEV ran, and the server has it open still
+        self._stuck = False  # G2: fetched commands that no cancel finds hold the file open (3.5)
+        self.on_abort: Callable[[Process], None] = lambda _: None
+        self.on_serve: Callable[[Process], None] = lambda _: None
+
+    @property
+    def g2(self) -> bool:
+        return self.generation is Generation.G2
+
+    @property
+    def recoverable(self) -> bool:
+        return self.mode is not RecoveryMode.NONE
+
+    @property
+    def down_state(self) -> DevState:
+        return DevState.FAIL_IO if self.mode is RecoveryMode.FAIL_IO else DevState.QUIESCED
+
+    @property
+    def is_down(self) -> bool:
+        return self.state in (DevState.QUIESCED, DevState.FAIL_IO)
+
+    @property
+    def all_ready(self) -> bool:
+        return all(queue.ready for queue in self.queues)
+
+    def delay(self, span: tuple[float, float]) -> float:
+        return self._rng.uniform(*span)
+
+    def info(self) -> DevInfo:
+        """GET_DEV_INFO: unlocked. On G3 the pid of a process that is gone reads -1 (4)."""
+        pid = self.pid
+        if not self.g2 and pid > 0 and (self.server is None or not self.server.alive):
+            pid = -1
+        return DevInfo(
+            dev_id=self.dev_id,
+            state=self.state,
+            flags=self.flags,
+            nr_hw_queues=self._template.nr_hw_queues,
+            queue_depth=self._template.queue_depth,
+            max_io_buf_bytes=self._template.max_io_buf_bytes,
+            ublksrv_pid=pid,
+        )
+
+    # --- the server's side (9.1) -----------------------------------------------------------------
+
+    def opened_by(self, process: Process) -> CharFile:
+        """open(2): one opener at a time, EBUSY for all others (3.7)."""
+        if self.removed:
+            raise OSError(errno.ENOENT, f"/dev/ublkc{self.dev_id}")
+        if self.open:
+            raise OSError(errno.EBUSY, f"/dev/ublkc{self.dev_id}")
+        self.open, self.server = True, process
+        self.file = CharFile(self, process)
+        return self.file
+
+    def mmap(self, process: Process) -> None:
+        """The first mmap pins the memory map, on G2 till START; another's is EINVAL (3.5)."""
+        if self._mm is None:
+            self._mm = process
+        if self._mm is not process:
+            raise OSError(errno.EINVAL, "mmap of another memory map")
+
+    async def fetch(self, process: Process, queue_id: int, tag: int) -> None:
+        """FETCH_REQ; takes ub->mutex, so a stuck STOP_DEV blocks it too (6.2)."""
+        async with self.mutex:
+            queue = self.queues[queue_id]
+            if not process.alive:
+                return
+            if self.stopping:
+                raise OSError(errno.ENODEV, "FETCH_REQ: stopping")
+            if queue.ready:
+                raise OSError(errno.EBUSY, "FETCH_REQ: the queue is ready")
+            if tag in queue.fetched or not 0 <= tag < queue.depth:
+                raise OSError(errno.EINVAL, "FETCH_REQ: tag")
+            queue.fetched.add(tag)
+            queue.fetcher = process
+            if queue.ready:
+                queue.daemon = process
+            if self.all_ready:
+                self.completed = True
+            self.pulse.beat()
+
+    def closed(self, file: CharFile, process: Process, *, dying: bool) -> None:
+        """One holder of the file is gone, and with its ring what it had fetched (3.4)."""
+        loop = asyncio.get_running_loop()
+        delay = self.delay(self.timing.cancel_s) if dying else 0.0
+        if process is file.opener:
+            delay = self.close_rings(process, delay)
+        if not file.holders:
+            delay += self.delay(self.timing.release_s)
+            loop.call_later(delay, self._release, file)
+
+    def close_rings(self, process: Process, delay: float = 0.0) -> float:
+        """Its rings are closed: G2 cancels, G3 waits for the file's last close. When it is done."""
+        if self.g2:
+            if any(len(queue.in_server) >= queue.depth for queue in self.queues):
+                delay = max(delay, self.timing.block_timeout_s)  # 3.1: nothing to cancel
+            asyncio.get_running_loop().call_later(delay, self._cancel_ring, process)
+        return delay
+
+    def _cancel_ring(self, process: Process) -> None:
+        """G2: io_uring cancels the commands of a ring that ends (3.1, 3.5)."""
+        served = False
+        for queue in self.queues:
+            if queue.daemon is process:
+                queue.cancelled = served = True
+                self._give_back(queue)
+            elif queue.fetcher is process and queue.daemon is None:
+                # WARN in ublk_uring_cmd_cancel_fn: no daemon yet, so the command stays (3.5).
+                self._stuck = True
+                self._note("ublk_drv: WARN, commands that cannot be cancelled")
+        if served and self.state is DevState.LIVE:
+            self._go_down()
+        self.pulse.beat()
+
+    def _release(self, file: CharFile) -> None:
+        """The file's ->release (3.7): G2 clears a bit, G3 resets everything (0.1)."""
+        if self.file is not file:
+            return
+        if self.g2 and self._stuck:
+            return  # open, by nobody (3.5)
+        if not self.g2:
+            for queue in self.queues:
+                self._give_back(queue)
+                queue.reset()
+            self._mm, self.stopping = None, False
+            if self.state is DevState.LIVE:
+                self._go_down()
+        self.open, self.file = False, None
+        self.pulse.beat()
+
+    def _go_down(self) -> None:
+        """LIVE without a server: QUIESCED, FAIL_IO, or without a recovery flag DEAD (3.1)."""
+        if not self.recoverable:
+            self.remove_disk()
+            return
+        self.state = self.down_state
+        self._note(f"the kernel: {self.state.name}")
+        if self.state is DevState.FAIL_IO:
+            self._fail_waiting(errno.EREMOTEIO)
+
+    # --- recovery and stop -----------------------------------------------------------------------
+
+    def start_recovery(self) -> int:
+        """START_USER_RECOVERY, under the mutex (2.3)."""
+        if not self.recoverable:
+            return errno.EINVAL
+        if not self.g2:
+            return errno.EBUSY if self.open or not self.is_down else 0
+        if not any(queue.daemon for queue in self.queues):  # nr_queues_ready is 0
+            return errno.EINVAL
+        if self.open or not self.is_down:
+            return errno.EBUSY
+        if not all(queue.daemon for queue in self.queues):
+            raise KernelOops("START_USER_RECOVERY: put_task_struct(NULL) (3.5, partialC)")
+        for queue in self.queues:
+            queue.reset()
+        self._mm, self.completed = None, False
+        return 0
+
+    @property
+    def attached(self) -> bool:
+        """What END_USER_RECOVERY and START_DEV wait for (2.4)."""
+        return self.completed if self.g2 else self.all_ready or self.stopping
+
+    def end_recovery(self, pid: int) -> int:
+        """END_USER_RECOVERY once it waits no longer (2.4): G3 readiness, pid, flag, state."""
+        if not self.g2 and self.stopping:
+            return errno.EBUSY
+        if not self.g2 and (self.server is None or pid != self.server.pid):
+            return errno.EINVAL
+        if not self.recoverable:
+            return errno.EINVAL
+        if not self.is_down:
+            return errno.EBUSY
+        self._go_live(pid)
+        return 0
+
+    def start_dev(self, pid: int, diskseq: int) -> int:
+        """START_DEV once it waits no longer (2.5)."""
+        if pid <= 0:
+            return errno.EINVAL
+        if not self.g2 and self.stopping:
+            return errno.EBUSY
+        if not self.g2 and (self.server is None or pid != self.server.pid):
+            return errno.EINVAL
+        if self.state is not DevState.DEAD:
+            return errno.EEXIST
+        self.diskseq = diskseq
+        self._go_live(pid)
+        return 0
+
+    def _go_live(self, pid: int) -> None:
+        self.state, self.pid = DevState.LIVE, pid
+        self._note(f"the kernel: LIVE, ublksrv_pid {pid}")
+        waiting, self.io.waiting = self.io.waiting, []
+        for request in waiting:
+            self._dispatch(request)
+        if self.server is not None:
+            self.on_serve(self.server)
+        self.pulse.beat()
+
+    @property
+    def idle(self) -> bool:
+        """No request is in a server's hands: what STOP_DEV waits for, holding the mutex (3.8)."""
+        return not any(queue.in_server for queue in self.queues)
+
+    def remove_disk(self) -> None:
+        """STOP_DEV once it waits no longer: the disk is gone, what waited has failed (2.6)."""
+        if self.state is not DevState.DEAD:
+            self._note("the kernel: DEAD, the disk is removed")
+        self.state, self.pid, self.diskseq = DevState.DEAD, -1, None
+        for queue in self.queues:
+            self._give_back(queue)
+        self._fail_waiting()
+        self.stopping = self.open and not self.g2
+        if self._stuck:  # STOP_DEV cancels by itself what no ring's end could (3.5, partialA)
+            self._stuck = False
+            if self.file is not None and not self.file.holders:
+                self._release(self.file)
+        if self.open and self.server is not None and self.server.alive:
+            self.on_abort(self.server)
+        self.pulse.beat()
+
+    # --- I/O (3.3) -------------------------------------------------------------------------------
+
+    def submit(self) -> asyncio.Future[int]:
+        """One request from above; its outcome is 0 or an errno."""
+        request = asyncio.get_running_loop().create_future()
+        self.io.issued += 1
+        if self.state is DevState.FAIL_IO:
+            self._answer(request, errno.EREMOTEIO)
+        elif self.state is DevState.DEAD:
+            self._answer(request, errno.EIO)
+        elif self.state is DevState.QUIESCED:
+            self.io.waiting.append(request)
+        else:
+            self._dispatch(request)
+        return request
+
+    def _dispatch(self, request: asyncio.Future[int]) -> None:
+        """Give a request to its queue's server; a queue that is being cancelled takes none."""
+        queue = self._rng.choice(self.queues)
+        server = self.server
+        if (
+            server is None
+            or not server.alive
+            or not queue.ready
+            or queue.cancelled
+            or len(queue.in_server) >= queue.depth
+        ):
+            self.io.waiting.append(request)
+            return
+        queue.in_server.append(request)
+        delay = self.delay(self.timing.io_s)
+        asyncio.get_running_loop().call_later(delay, self._served, queue, server)
+
+    def _served(self, queue: Queue, server: Process) -> None:
+        if not queue.in_server or server is not self.server or not server.alive or server.silent:
+            return
+        self._answer(queue.in_server.pop(0), 0)
+        if self.io.waiting and self.state is DevState.LIVE:
+            self._dispatch(self.io.waiting.pop(0))
+        self.pulse.beat()
+
+    def _answer(self, request: asyncio.Future[int], error: int) -> None:
+        if error:
+            self.io.failed += 1
+        else:
+            self.io.completed += 1
+        if not request.done():
+            request.set_result(error)
+
+    def _give_back(self, queue: Queue) -> None:
+        """The server is gone: its requests are sent again, or have failed (3.3)."""
+        returned, queue.in_server = queue.in_server, []
+        if self.mode is RecoveryMode.REISSUE and self.state is not DevState.DEAD:
+            self.io.waiting += returned
+        else:
+            for request in returned:
+                self._answer(request, errno.EIO)
+
+    def _fail_waiting(self, error: int = errno.EIO) -> None:
+        waiting, self.io.waiting = self.io.waiting, []
+        for request in waiting:
+            self._answer(request, error)
