@@ -131,8 +131,8 @@ class Device:
         self.completed = False  # G2's ub->completion: stale until START makes it anew
         self.stopping = False  # G3's flag: STOP_DEV ran, and the server has it open still
         self._stuck = False  # G2: fetched commands that no cancel finds hold the file open (3.5)
+        self.armed = False  # an oracle's: a START was taken, and no END since
         self.on_abort: Callable[[Process], None] = lambda _: None
-        self.on_serve: Callable[[Process], None] = lambda _: None
 
     @property
     def g2(self) -> bool:
@@ -277,6 +277,7 @@ class Device:
         if not self.recoverable:
             return errno.EINVAL
         if not self.g2:
+            self.armed |= not self.open and self.is_down
             return errno.EBUSY if self.open or not self.is_down else 0
         if not any(queue.daemon for queue in self.queues):  # nr_queues_ready is 0
             return errno.EINVAL
@@ -286,7 +287,7 @@ class Device:
             raise KernelOops("START_USER_RECOVERY: put_task_struct(NULL) (3.5, partialC)")
         for queue in self.queues:
             queue.reset()
-        self._mm, self.completed = None, False
+        self._mm, self.completed, self.armed = None, False, True
         return 0
 
     @property
@@ -322,13 +323,11 @@ class Device:
         return 0
 
     def _go_live(self, pid: int) -> None:
-        self.state, self.pid = DevState.LIVE, pid
+        self.state, self.pid, self.armed = DevState.LIVE, pid, False
         self._note(f"the kernel: LIVE, ublksrv_pid {pid}")
         waiting, self.io.waiting = self.io.waiting, []
         for request in waiting:
             self._dispatch(request)
-        if self.server is not None:
-            self.on_serve(self.server)
         self.pulse.beat()
 
     @property
