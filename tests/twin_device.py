@@ -342,6 +342,7 @@ class Device:
         self.state, self.pid, self.diskseq = DevState.DEAD, -1, None
         for queue in self.queues:
             self._give_back(queue)
+            queue.fetcher = None  # its commands are cancelled here (3.5, partialA)
         self._fail_waiting()
         self.stopping = self.open and not self.g2
         if self._stuck:  # STOP_DEV cancels by itself what no ring's end could (3.5, partialA)

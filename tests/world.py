@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import random
 import sys
 from collections.abc import Sequence
@@ -142,6 +143,8 @@ class World:
     # --- told by the others ----------------------------------------------------------------------
 
     def note(self, who: str, what: str) -> None:
+        if who == "kernel":
+            self._changed_at = self.loop.time()
         self.transcript.append(f"{self.loop.time():12.4f}  {who:<22} {what}")
 
     def published(self, transition: Transition) -> None:
@@ -222,6 +225,7 @@ class World:
 
     def begin_life(self) -> None:
         self.lives += 1
+        self._changed_at = self.loop.time()
         self.life = Life(self)
 
     # --- the story -------------------------------------------------------------------------------
@@ -265,8 +269,9 @@ class World:
                     break
             else:
                 return False
-            if not tidied:
-                await kill_silent_servers(self)
+            if tidied or not any(one.silent or one.name == "leaked" for one in self.processes.alive()):
+                break
+            await kill_silent_servers(self)
         return True
 
 
@@ -278,18 +283,40 @@ def _lined() -> Home:
 
 def play(story: Story) -> World:
     """Play a story to its end; ``laws.broken`` has the verdict."""
-    loop = virtual.Loop()
+    loop = virtual.Loop(max_virtual_s=10_000)
     world = World(story, loop)
 
     async def tell() -> None:
         await world.tell()
 
-    with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        try:
+    said = _Said(world)
+    logger = logging.getLogger("ublkwatch")
+    logger.addHandler(said)
+    logger.propagate = False
+    try:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
             runner.run(tell())
-        except virtual.RunAwayError as error:
-            world.laws.broken.append(f"run away: {error}")
+    except virtual.RunAwayError as error:
+        world.laws.broken.append(f"run away: {error}")
+    finally:
+        logger.removeHandler(said)
+        logger.propagate = True
     return world
+
+
+class _Said(logging.Handler):
+    """Puts what the supervisor logs into the transcript."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self._world = world
+
+        self._last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if (text := record.getMessage()) != self._last:
+            self._world.note("  log", text)
+        self._last = text
 
 
 def main(arguments: Sequence[str]) -> int:
