@@ -61,6 +61,8 @@ class Laws:
         if pending:
             self._break(f"{command} while {pending[0]} is with the kernel")
         device = self._world.driver.devices.get(dev_id)
+        if "rival" in self._world.story.faults:
+            return  # whose END ends our round, and whose START began it
         if command == "END_USER_RECOVERY" and device is not None and not device.armed:
             if device.state is not DevState.LIVE or self._world.story.generation is Generation.G2:
                 self._break("END behind no accepted START")
@@ -80,7 +82,7 @@ class Laws:
         others = [
             str(process)
             for process in self._world.cast.lined.get(dev_id, ())
-            if process.alive and process.tag != tag and process.name != "good-rival"
+            if process.alive and process.tag not in (tag, "")
         ]
         device = self._world.driver.devices.get(dev_id)
         if device is not None and (serves := holder(device)) and "creator" in serves.name:

@@ -131,6 +131,7 @@ class Device:
         self.completed = False  # G2's ub->completion: stale until START makes it anew
         self.stopping = False  # G3's flag: STOP_DEV ran, and the server has it open still
         self._stuck = False  # G2: fetched commands that no cancel finds hold the file open (3.5)
+        self.letting_go = 0  # closes under way
         self.armed = False  # an oracle's: a START was taken, and no END since
         self.on_abort: Callable[[Process], None] = lambda _: None
 
@@ -219,19 +220,22 @@ class Device:
             delay = self.close_rings(process, delay)
         if not file.holders:
             delay += self.delay(self.timing.release_s)
-            loop.call_later(delay, self._release, file)
+            self.letting_go += 1
+            loop.call_later(delay, self._last_close, file)
 
     def close_rings(self, process: Process, delay: float = 0.0) -> float:
         """Its rings are closed: G2 cancels, G3 waits for the file's last close. When it is done."""
         if self.g2:
             if any(len(queue.in_server) >= queue.depth for queue in self.queues):
                 delay = max(delay, self.timing.block_timeout_s)  # 3.1: nothing to cancel
+            self.letting_go += 1
             asyncio.get_running_loop().call_later(delay, self._cancel_ring, process)
         return delay
 
     def _cancel_ring(self, process: Process) -> None:
         """G2: io_uring cancels the commands of a ring that ends (3.1, 3.5)."""
         served = False
+        self.letting_go -= 1
         for queue in self.queues:
             if queue.daemon is process:
                 queue.cancelled = served = True
@@ -243,6 +247,10 @@ class Device:
         if served and self.state is DevState.LIVE:
             self._go_down()
         self.pulse.beat()
+
+    def _last_close(self, file: CharFile) -> None:
+        self.letting_go -= 1
+        self._release(file)
 
     def _release(self, file: CharFile) -> None:
         """The file's ->release (3.7): G2 clears a bit, G3 resets everything (0.1)."""

@@ -15,6 +15,7 @@ T = TypeVar("T")
 
 MAX_VIRTUAL_S = 100_000.0
 MAX_TURNS = 2_000_000
+_TURN_S = 1e-9  # even a turn takes time: else whoever is early by a rounding error is so for ever
 _GRACE_TURNS = 10_000  # in which what is left can end, once the story itself was stopped
 
 
@@ -60,7 +61,7 @@ class Loop(asyncio.BaseEventLoop):
             raise RunAwayError(f"still busy after all its turns, at {self._now:.3f} s")
         if timeout is None:
             raise RunAwayError(f"nothing is ready and nothing is due, at {self._now:.3f} s")
-        self._now += timeout
+        self._now += timeout + _TURN_S
         if self._now > self._max_virtual_s:
             self._max_virtual_s = float("inf")
             raise RunAwayError(f"still not over at {self._now:.0f} s")

@@ -27,7 +27,6 @@ from processes import Process, Processes
 from twin import Driver
 from twin_device import Device
 
-from ublkwatch.ctrl import CtrlError
 from ublkwatch.events import Transition
 from ublkwatch.model import Generation, Phase, Policy, Reason, Record, RecoveryMode, Spec
 from ublkwatch.uapi import DevFlags
@@ -207,10 +206,12 @@ class World:
     async def operator(self, command: str) -> None:
         self.note("operator", f"sends {command}")
         self.stopped = True
-        try:
-            await self.driver.call(command, 0)
-        except CtrlError as error:
-            self.note("operator", str(error))
+        sent = self.driver.send(command, 0)
+        await asyncio.wait({sent.done}, timeout=self.rng.choice([5, 60]))
+        if not sent.done.done():  # a server sits on its requests; killed, it lets go of them
+            for process in self.processes.alive():
+                process.end()
+        await asyncio.shield(sent.done)
 
     async def create(self) -> None:
         """Add device 0, and let its first server bring it up."""
@@ -264,7 +265,8 @@ class World:
             while self.loop.time() < give_up:
                 await asyncio.sleep(1)
                 records = self.life.monitor.records() if self.life else []
-                rests = self.life is not None and {one.phase for one in records} <= _RESTS
+                quiet = not any(device.letting_go for device in self.driver.devices.values())
+                rests = quiet and self.life is not None and {one.phase for one in records} <= _RESTS
                 if rests and self.loop.time() - self._changed_at > _QUIET_S:
                     break
             else:
@@ -283,7 +285,7 @@ def _lined() -> Home:
 
 def play(story: Story) -> World:
     """Play a story to its end; ``laws.broken`` has the verdict."""
-    loop = virtual.Loop(max_virtual_s=10_000)
+    loop = virtual.Loop(max_virtual_s=10_000, max_turns=300_000)
     world = World(story, loop)
 
     async def tell() -> None:
