@@ -179,3 +179,34 @@ def _flat(steps: tuple[Step, ...]) -> Iterator[Step]:
             yield from _flat(step.steps)
         else:
             yield step
+
+
+# --- what rows begin and end with -------------------------------------------------------------
+
+G2, G3 = Generation.G2, Generation.G3
+PLAIN = DevFlags.USER_RECOVERY
+FAIL_IO = DevFlags.USER_RECOVERY | DevFlags.USER_RECOVERY_FAIL_IO
+START, END, STOP, DELETE = "START_USER_RECOVERY", "END_USER_RECOVERY", "STOP_DEV", "DEL_DEV"
+# What Linux 6.12's ublk_uring_cmd_cancel_fn(), mostly inlined, says of a queue fetched in part.
+PARTIAL = r"WARNING:.* ublk_(ch_uring_cmd|uring_cmd_cancel_fn)\b"
+
+
+def live(flags: DevFlags = REISSUE, queues: int = 1) -> tuple[Step, ...]:
+    """Return the steps to a device that is LIVE under the server "old"."""
+    return (
+        Add(flags, queues, granted=By(flags & ~DevFlags.USER_RECOVERY_FAIL_IO, flags)),
+        Serve("old"),
+        Tell("START_DEV", pid="old"),
+        Shows("LIVE", "old"),
+    )
+
+
+def crashed(flags: DevFlags = REISSUE, queues: int = 1) -> tuple[Step, ...]:
+    """Return the steps to a device whose server "old" was killed."""
+    state = By("QUIESCED", "FAIL_IO") if flags == FAIL_IO else "QUIESCED"
+    return (*live(flags, queues), Kill("old"), Shows(state, By("old", "-1")))
+
+
+def back(server: str) -> tuple[Step, ...]:
+    """Return the steps by which a new server, once START has been accepted, makes it LIVE."""
+    return (Serve(server), Tell(END, pid=server), Shows("LIVE", server))
