@@ -178,8 +178,9 @@ class Driver:
         command.granted = info
         return 0
 
-    async def _get_dev_info(self, _command: Command, _device: Device) -> int:
-        return 0
+    async def _get_dev_info(self, _command: Command, device: Device) -> int:
+        """Without the node's path nobody is told of an unprivileged device (1.6)."""
+        return errno.EINVAL if device.flags & DevFlags.UNPRIVILEGED_DEV else 0
 
     async def _get_queue_affinity(self, _command: Command, _device: Device) -> int:
         return 0

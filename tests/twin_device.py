@@ -127,6 +127,7 @@ class Device:
         self.file: CharFile | None = None
         self.open = False  # UB_STATE_OPEN
         self.server: Process | None = None  # who was the last to open it
+        self._owner: Process | None = None  # whom G3's ublksrv_pid means
         self._mm: Process | None = None  # whose memory the first mmap pinned
         self.completed = False  # G2's ub->completion: stale until START makes it anew
         self.stopping = False  # G3's flag: STOP_DEV ran, and the server has it open still
@@ -161,7 +162,7 @@ class Device:
     def info(self) -> DevInfo:
         """GET_DEV_INFO: unlocked. On G3 the pid of a process that is gone reads -1 (4)."""
         pid = self.pid
-        if not self.g2 and pid > 0 and (self.server is None or not self.server.alive):
+        if not self.g2 and pid > 0 and (self._owner is None or not self._owner.alive):
             pid = -1
         return DevInfo(
             dev_id=self.dev_id,
@@ -332,6 +333,7 @@ class Device:
 
     def _go_live(self, pid: int) -> None:
         self.state, self.pid, self.armed = DevState.LIVE, pid, False
+        self._owner = self.server
         self._note(f"the kernel: LIVE, ublksrv_pid {pid}")
         waiting, self.io.waiting = self.io.waiting, []
         for request in waiting:
