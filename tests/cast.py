@@ -140,14 +140,9 @@ class Cast:
         """Open, map, fetch every tag: as the attach contract says."""
         clock = asyncio.get_running_loop().time
         give_up = clock() + _OPEN_PATIENCE_S
-        while True:
-            try:
-                device = self.driver.open(dev_id, process)
-                break
-            except OSError as error:
-                transient = error.errno in (errno.EBUSY, errno.ENOENT)
-                if not transient or clock() >= give_up:
-                    self._exit(process, "exit status 1")
+        while (device := self._try_open(process, dev_id)) is None:
+            if clock() >= give_up:
+                self._exit(process, "exit status 1")
             await asyncio.sleep(0.02)
         self._note(str(process), f"opens /dev/ublkc{dev_id}")
         device.on_abort = self._abort
@@ -163,6 +158,14 @@ class Cast:
         process.silent = kind == "hang-after-all"
         await self._at("after-all", process, kind, short=True)
         return device
+
+    def _try_open(self, process: Process, dev_id: int) -> Device | None:
+        try:
+            return self.driver.open(dev_id, process)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.ENOENT):
+                raise
+            return None
 
     async def _fetch(self, process: Process, kind: str, device: Device) -> None:
         for number, queue in enumerate(device.queues):

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cast import close_all
+from processes import Process
 from twin import Command
+from twin_device import Device
 
 from ublkwatch.model import Reason
 from ublkwatch.uapi import DevState
@@ -50,14 +52,10 @@ async def mapping_stranger(world: World) -> None:
 async def _hold(world: World, *, mmap: bool) -> None:
     process = world.processes.start("stranger")
     give_up = world.loop.time() + 5
-    while world.loop.time() < give_up:
-        try:
-            device = world.driver.open(0, process)
-            break
-        except OSError:
-            await world.pause(0.001, 0.05)
-    else:
-        return
+    while (device := _try_open(world, process)) is None:
+        if world.loop.time() > give_up:
+            return
+        await world.pause(0.001, 0.05)
     world.note("stranger", "opens /dev/ublkc0")
     if mmap:
         with contextlib.suppress(OSError):
@@ -65,6 +63,13 @@ async def _hold(world: World, *, mmap: bool) -> None:
     await world.pause(0.05, world.rng.choice([1, 5, 20, 100]))
     world.note("stranger", "closes /dev/ublkc0")
     close_all(process)
+
+
+def _try_open(world: World, process: Process) -> Device | None:
+    try:
+        return world.driver.open(0, process)
+    except OSError:
+        return None
 
 
 async def rival(world: World) -> None:
@@ -184,7 +189,7 @@ async def saturated(world: World) -> None:
 
 
 async def stop_a_silent_server(world: World) -> None:
-    """STOP_DEV waits, with the mutex, for a server that does not answer, and that is then killed."""
+    """STOP_DEV waits, with the mutex, for a server that answers nothing and is then killed."""
     await saturated(world)
     command = world.driver.send("STOP_DEV", 0)
     world.stopped = True

@@ -9,7 +9,7 @@ from twin import Command
 
 from ublkwatch.attempt import PERMANENT
 from ublkwatch.events import Transition
-from ublkwatch.model import Generation, Phase, Reason, Record, RecoveryMode
+from ublkwatch.model import Phase, Reason, Record, RecoveryMode
 from ublkwatch.uapi import DevState
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Laws:
         if command not in ("START_USER_RECOVERY", "END_USER_RECOVERY"):
             return
         self._acts(command, dev_id)
+        self._committed(command, dev_id, Phase.STARTING if "START" in command else Phase.ATTACHING)
         pending = [
             one.name
             for one in sent
@@ -61,15 +62,23 @@ class Laws:
         if pending:
             self._break(f"{command} while {pending[0]} is with the kernel")
         device = self._world.driver.devices.get(dev_id)
-        if "rival" in self._world.story.faults:
-            return  # whose END ends our round, and whose START began it
-        if command == "END_USER_RECOVERY" and device is not None and not device.armed:
-            if device.state is not DevState.LIVE or self._world.story.generation is Generation.G2:
-                self._break("END behind no accepted START")
+        if command == "START_USER_RECOVERY" or "rival" in self._world.story.faults:
+            return  # a rival's END ends our round, and its START began it
+        if device is not None and not device.armed and device.state is not DevState.LIVE:
+            self._break("END behind no accepted START")
 
-    def spawns(self, dev_id: int) -> None:
+    def _committed(self, what: str, dev_id: int, phase: Phase) -> None:
+        """The record was committed before its effects run; it may have moved on since."""
+        record = self._world.records.get(dev_id)
+        if record is None or phase.value not in [name for name, _ in record.marks]:
+            self._break(f"{what}, and the store knows nothing of {phase.value}: {record}")
+
+    def spawns(self, dev_id: int, tag: str) -> None:
         """Attempts are within the policy's budget: one more for each life that was lost."""
         self._acts("a new server", dev_id)
+        record = self._world.records.get(dev_id)
+        if record is None or record.seq < int(tag.rpartition("-")[2]):
+            self._break(f"server {tag}, and the store knows nothing of it: {record}")
         now, policy = self._world.loop.time(), self._world.policy
         recent = [at for at in self._spawns.get(dev_id, []) if now - at < policy.window_s]
         self._spawns[dev_id] = [*recent, now]
@@ -79,6 +88,7 @@ class Laws:
     def line(self, dev_id: int, tag: str) -> None:
         """Never two servers: nobody else has the line, and the old one is gone."""
         self._acts("a line", dev_id)
+        self._committed("a line", dev_id, Phase.ATTACHING)
         others = [
             str(process)
             for process in self._world.cast.lined.get(dev_id, ())

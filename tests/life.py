@@ -111,13 +111,12 @@ class Life:
         lost = self.world.lost(command)
         if command.endswith("_RECOVERY"):
             self.world.note("supervisor", f"sends {command} ublk {dev_id}")
-        cancelled = asyncio.Event()
-        self.commands[key] = (command, None, cancelled)
+        self.commands[key] = (command, None, asyncio.Event())
         try:
             async with asyncio.timeout(timeout_s + _GRACE_S):
                 if lost == "command":
                     await asyncio.Event().wait()
-                error = await self._work(command, dev_id, key, timeout_s, arguments, cancelled)
+                error = await self._work(command, dev_id, key, timeout_s, **arguments)
                 if lost == "reply":
                     await asyncio.Event().wait()
         except TimeoutError:
@@ -130,14 +129,9 @@ class Life:
         return {"params": PARAMS}
 
     async def _work(
-        self,
-        name: str,
-        dev_id: int,
-        key: str,
-        timeout_s: float,
-        arguments: dict[str, float],
-        cancelled: asyncio.Event,
+        self, name: str, dev_id: int, key: str, timeout_s: float, **arguments: float
     ) -> int:
+        cancelled = self.commands[key][2]
         loop = asyncio.get_running_loop()
         busy_s = arguments.get("busy_s", 0.0)
         limit = timeout_s - busy_s if name != "END_USER_RECOVERY" else timeout_s * 2
@@ -157,7 +151,7 @@ class Life:
     async def _send(self, name: str, dev_id: int, key: str, limit_s: float, pid: int) -> int:
         command = self.world.driver.send(name, dev_id, pid=pid)
         self._sent.append(command)
-        cancelled = self.commands[key][2] if key in self.commands else asyncio.Event()
+        cancelled = self.commands[key][2]
         self.commands[key] = (name, command, cancelled)
         if name == "END_USER_RECOVERY" and cancelled.is_set():
             command.cancel()
@@ -240,7 +234,7 @@ class Life:
         del command
         self._before("spawn")
         dev_id = int(tag.partition("-")[0])
-        self.world.laws.spawns(dev_id)
+        self.world.laws.spawns(dev_id, tag)
         kind = self.world.next_kind(dev_id)
         await asyncio.sleep(self.world.rng.uniform(0.0005, 0.01))
         if kind == "no-start":

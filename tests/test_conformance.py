@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 import virtual
-from conformance import check
+from conformance import Actor, check
 from conformance_own_boot import OWN_BOOT
 from conformance_rows import ROWS
 from conformance_steps import How, Row
@@ -66,8 +66,8 @@ class TwinStage:
         await self._attach(actor, how, give_up_s)
         return actor
 
-    async def attach(self, actor: TwinActor, how: How) -> None:
-        await self._attach(actor, how, self.deadline_s)
+    async def attach(self, actor: Actor, how: How) -> None:
+        await self._attach(_own(actor), how, self.deadline_s)
 
     async def _attach(self, actor: TwinActor, how: How, give_up_s: float) -> None:
         give_up = asyncio.get_running_loop().time() + give_up_s
@@ -107,25 +107,26 @@ class TwinStage:
             if tag not in queue.fetched:
                 await self._device.fetch(process, number, tag)
 
-    async def hush(self, actor: TwinActor) -> None:
-        actor.process.silent = True
+    async def hush(self, actor: Actor) -> None:
+        _own(actor).process.silent = True
 
-    async def fork(self, actor: TwinActor) -> TwinActor:
+    async def fork(self, actor: Actor) -> TwinActor:
         child = TwinActor(self._processes.start("child"))
-        for file in actor.process.files:
+        for file in _own(actor).process.files:
             assert isinstance(file, CharFile)
             file.share(child.process)
         return child
 
-    async def close(self, actor: TwinActor, what: Literal["rings", "device"]) -> None:
+    async def close(self, actor: Actor, what: Literal["rings", "device"]) -> None:
+        process = _own(actor).process
         if what == "rings":
-            self._device.close_rings(actor.process)
+            self._device.close_rings(process)
         else:
-            for file in list(actor.process.files):
-                file.closed_by(actor.process, dying=False)
+            for file in list(process.files):
+                file.closed_by(process, dying=False)
 
-    async def kill(self, actor: TwinActor) -> None:
-        actor.process.end()
+    async def kill(self, actor: Actor) -> None:
+        _own(actor).process.end()
 
     def send(self, command: str, pid: int = 0) -> TwinSent:
         sent = self.driver.send(command, DEV_ID, pid=pid)
@@ -153,6 +154,11 @@ class TwinStage:
 
     async def info(self) -> DevInfo:
         return self.driver.info(DEV_ID)
+
+
+def _own(actor: Actor) -> TwinActor:
+    assert isinstance(actor, TwinActor)
+    return actor
 
 
 def name_of(error: int) -> str:

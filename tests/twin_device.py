@@ -207,7 +207,7 @@ class Device:
                 raise OSError(errno.EINVAL, "FETCH_REQ: tag")
             queue.fetched.add(tag)
             queue.fetcher = process
-            if queue.ready:
+            if len(queue.fetched) == queue.depth:
                 queue.daemon = process
             if self.all_ready:
                 self.completed = True
@@ -308,7 +308,7 @@ class Device:
         """END_USER_RECOVERY once it waits no longer (2.4): G3 readiness, pid, flag, state."""
         if not self.g2 and self.stopping:
             return errno.EBUSY
-        if not self.g2 and (self.server is None or pid != self.server.pid):
+        if not self.g2 and not self._is_opener(pid):
             return errno.EINVAL
         if not self.recoverable:
             return errno.EINVAL
@@ -317,13 +317,17 @@ class Device:
         self._go_live(pid)
         return 0
 
+    def _is_opener(self, pid: int) -> bool:
+        """G3 looks the pid up: it must be alive, and who opened the character device (4)."""
+        return self.server is not None and self.server.alive and pid == self.server.pid
+
     def start_dev(self, pid: int, diskseq: int) -> int:
         """START_DEV once it waits no longer (2.5)."""
         if pid <= 0:
             return errno.EINVAL
         if not self.g2 and self.stopping:
             return errno.EBUSY
-        if not self.g2 and (self.server is None or pid != self.server.pid):
+        if not self.g2 and not self._is_opener(pid):
             return errno.EINVAL
         if self.state is not DevState.DEAD:
             return errno.EEXIST

@@ -11,9 +11,10 @@ import asyncio
 import logging
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 if __package__:  # as `python -m tests.world`; pytest and mypy find the neighbours by themselves
     sys.path.insert(0, str(Path(__file__).parent))
@@ -49,7 +50,9 @@ class Story:
     flags: DevFlags = REISSUE
     queues: int = 2
     depth: int = 4
-    kinds: tuple[str, ...] = ()  # the servers that are started, one for each attempt, then good ones
+    kinds: tuple[
+        str, ...
+    ] = ()  # the servers that are started, one for each attempt, then good ones
     faults: tuple[str, ...] = ()
     death: tuple[str, int] | None = None
 
@@ -144,6 +147,8 @@ class World:
     def note(self, who: str, what: str) -> None:
         if who == "kernel":
             self._changed_at = self.loop.time()
+            if self.transcript and self.transcript[-1].endswith(f"{who:<22} {what}"):
+                return  # START again and again, EBUSY
         self.transcript.append(f"{self.loop.time():12.4f}  {who:<22} {what}")
 
     def published(self, transition: Transition) -> None:
@@ -188,8 +193,8 @@ class World:
     async def pause(self, least: float, most: float) -> None:
         await asyncio.sleep(self.rng.uniform(least, most))
 
-    def serving(self) -> Process | None:
-        device = self.driver.devices.get(0)
+    def serving(self, dev_id: int = 0) -> Process | None:
+        device = self.driver.devices.get(dev_id)
         return holder(device) if device else None
 
     def rival_server(self) -> Process:
@@ -213,15 +218,17 @@ class World:
                 process.end()
         await asyncio.shield(sent.done)
 
-    async def create(self) -> None:
-        """Add device 0, and let its first server bring it up."""
+    async def create(self, dev_id: int = 0) -> None:
+        """Add a device, and let its first server bring it up."""
         story = self.story
         await self.driver.call(
-            "ADD_DEV", 0, queues=story.queues, depth=story.depth, flags=int(story.flags)
+            "ADD_DEV", dev_id, queues=story.queues, depth=story.depth, flags=int(story.flags)
         )
-        self._device = self.driver.devices[0]
-        self.cast.create("good", 0)
-        while self._device.diskseq is None:
+        device = self.driver.devices[dev_id]
+        if dev_id == 0:
+            self._device = device
+        self.cast.create("good", dev_id)
+        while device.diskseq is None:
             await self.driver.pulse.wait()
 
     def begin_life(self) -> None:
@@ -271,7 +278,9 @@ class World:
                     break
             else:
                 return False
-            if tidied or not any(one.silent or one.name == "leaked" for one in self.processes.alive()):
+            if tidied or not any(
+                one.silent or one.name == "leaked" for one in self.processes.alive()
+            ):
                 break
             await kill_silent_servers(self)
         return True
@@ -283,21 +292,17 @@ def _lined() -> Home:
     return home
 
 
-def play(story: Story) -> World:
-    """Play a story to its end; ``laws.broken`` has the verdict."""
+def play(story: Story, teller: Callable[[World], Coroutine[Any, Any, Any]] = World.tell) -> World:
+    """Play a story to its end; ``laws.broken`` has the verdict. ``teller`` may tell another."""
     loop = virtual.Loop(max_virtual_s=10_000, max_turns=300_000)
     world = World(story, loop)
-
-    async def tell() -> None:
-        await world.tell()
-
     said = _Said(world)
     logger = logging.getLogger("ublkwatch")
     logger.addHandler(said)
     logger.propagate = False
     try:
         with asyncio.Runner(loop_factory=lambda: loop) as runner:
-            runner.run(tell())
+            runner.run(teller(world))
     except virtual.RunAwayError as error:
         world.laws.broken.append(f"run away: {error}")
     finally:
@@ -335,7 +340,9 @@ def main(arguments: Sequence[str]) -> int:
         if not options.range:
             print(story, *world.transcript, sep="\n")
         if world.laws.broken or not options.range:
-            print(f"{seed} {story.generation.name} {story.mode.value} {story.kinds} {story.faults}:")
+            print(
+                f"{seed} {story.generation.name} {story.mode.value} {story.kinds} {story.faults}:"
+            )
             print(*(world.laws.broken or ["every law was kept"]), sep="\n")
     print(f"{len(seeds)} stories, {bad} of them broke a law")
     return 1 if bad else 0
