@@ -183,6 +183,8 @@ GOING = (
         (
             Add(REISSUE | DevFlags.UNPRIVILEGED_DEV, granted=DevFlags.UNPRIVILEGED_DEV),
             Tell(START, "EINVAL"),
+            # Without the path of its node nobody, not even root, is told anything of it.
+            Tell("GET_DEV_INFO", "EINVAL"),
         ),
     ),
 )
