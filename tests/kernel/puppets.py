@@ -202,7 +202,8 @@ def read(line: socket.socket) -> None:
     answer = "0"
     try:
         disk = os.open(order["path"], os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        os.preadv(disk, [mmap.mmap(-1, mmap.PAGESIZE)], order["offset"])
+        if not os.preadv(disk, [mmap.mmap(-1, mmap.PAGESIZE)], order["offset"]):
+            answer = "end of file"  # a disk that is being removed has no size any more
         os.close(disk)
     except OSError as error:
         answer = errno_name(error.errno or 0)
