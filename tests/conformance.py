@@ -89,7 +89,10 @@ class Stage(Protocol):
         ...
 
     async def add(self, *, queues: int, depth: int, flags: DevFlags) -> tuple[str, DevFlags]:
-        """ADD_DEV; return the answer and the flags granted. After "0" SET_PARAMS makes a disk."""
+        """ADD_DEV; return the answer and the flags granted. After "0" SET_PARAMS makes a disk.
+
+        With UNPRIVILEGED_DEV it comes from a user without CAP_SYS_ADMIN: root's are not.
+        """
         ...
 
     async def serve(self, how: How, *, give_up_s: float) -> Actor:

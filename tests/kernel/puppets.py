@@ -29,6 +29,7 @@ from ublkwatch.uring import Buffer, Ring, address_of
 PACKET = 65536
 SECTOR = 512
 BUFFER = 64 << 10
+NOBODY = 65534
 _DESC = uapi.ublksrv_io_desc.size
 _POLL_S = 0.005
 _ENTRIES = 64
@@ -201,7 +202,8 @@ def read(line: socket.socket) -> None:
     answer = "0"
     try:
         disk = os.open(order["path"], os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
-        os.preadv(disk, [mmap.mmap(-1, mmap.PAGESIZE)], order["offset"])
+        if not os.preadv(disk, [mmap.mmap(-1, mmap.PAGESIZE)], order["offset"]):
+            answer = "end of file"  # a disk that is being removed has no size any more
         os.close(disk)
     except OSError as error:
         answer = errno_name(error.errno or 0)
@@ -220,7 +222,10 @@ class Sender:
         self._operations: dict[int, Operation] = {}
 
     def take(self) -> None:
-        packet = self._line.recv(PACKET)
+        try:
+            packet = self._line.recv(PACKET)
+        except ConnectionResetError:
+            packet = b""
         if not packet:
             os._exit(0)
         order = json.loads(packet)
@@ -236,6 +241,8 @@ class Sender:
         content = path + bytes.fromhex(order["content"])
         buffer = Buffer(content) if content else None
         dev_id = order["dev_id"]
+        if order["unprivileged"]:
+            os.seteuid(NOBODY)
         operation = self._operations[order["id"]] = await self._ring.start(
             buffer=buffer,
             opcode=uapi.IORING_OP_URING_CMD,
@@ -251,6 +258,8 @@ class Sender:
             ),
         )
         result = await operation.done
+        if order["unprivileged"]:
+            os.seteuid(0)
         answer = {
             "id": order["id"],
             "answer": errno_name(-result) if result < 0 else "0",

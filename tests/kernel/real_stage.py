@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,7 +129,8 @@ class RealStage:
         self._puppets = puppets
         self._dev_id = dev_id
         self._queues = self._depth = 0
-        self._unprivileged = False
+        # The driver wants it with a command for an unprivileged device, and with no other.
+        self._path = ""
         self._actors: list[Puppet] = []
         self._readers: list[Puppet] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -142,22 +143,27 @@ class RealStage:
     # --- commands ---
 
     def _make_sender(self) -> Puppet:
-        self._sent = {}
         sender = self._puppets.make("sender")
 
         async def listen() -> None:
-            with contextlib.suppress(ConnectionError, AssertionError):
-                while True:
-                    said = await sender.said()
-                    sent = self._sent.pop(said["id"])
-                    sent.content = bytes.fromhex(said["content"])
-                    sent.answer.set_result(said["answer"])
+            while True:
+                said = await sender.said()
+                sent = self._sent.pop(said["id"])
+                sent.content = bytes.fromhex(said["content"])
+                sent.answer.set_result(said["answer"])
 
         self._task(listen())
         return sender
 
-    def _task(self, work: Any) -> None:
+    def _task(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.add(asyncio.create_task(work))
+
+    async def _end_tasks(self) -> None:
+        """End them before their sockets are closed: another could get the same descriptor."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
 
     def send(self, command: str, pid: int = 0) -> RealSent:
         content = {
@@ -177,7 +183,15 @@ class RealStage:
             return word
         return self._send(command, data=pid, content=content)
 
-    def _send(self, command: str, *, data: int = 0, content: bytes = b"") -> RealSent:
+    def _send(
+        self,
+        command: str,
+        *,
+        data: int = 0,
+        content: bytes = b"",
+        path: str = "",
+        unprivileged: bool = False,
+    ) -> RealSent:
         number = next(self._numbers)
         sent = self._sent[number] = RealSent(self._sender, number)
         order = {
@@ -186,7 +200,8 @@ class RealStage:
             "dev_id": self._dev_id,
             "data": data,
             "content": content.hex(),
-            "path": f"/dev/ublkc{self._dev_id}" if self._unprivileged else "",
+            "path": path,
+            "unprivileged": unprivileged,
         }
         self._sender.line.send(json.dumps(order).encode())
         return sent
@@ -204,15 +219,18 @@ class RealStage:
             dev_id=self._dev_id,
             flags=flags,
         )
-        sent = self._send("ADD_DEV", content=info)
+        unprivileged = bool(flags & DevFlags.UNPRIVILEGED_DEV)
+        sent = self._send("ADD_DEV", content=info, unprivileged=unprivileged)
         answer = await sent.answer
         if answer != "0":
             return answer, DevFlags(0)
         granted = unpack_dev_info(sent.content)
         assert (granted.nr_hw_queues, granted.queue_depth) == (queues, depth), "too few CPUs"
         self._queues, self._depth = queues, depth
-        self._unprivileged = bool(granted.flags & DevFlags.UNPRIVILEGED_DEV)
-        assert await self.send("SET_PARAMS").answer == "0"
+        if granted.flags & DevFlags.UNPRIVILEGED_DEV:
+            self._path = f"/dev/ublkc{self._dev_id}"
+        params = self._send("SET_PARAMS", content=self._params(), path=self._path)
+        assert await params.answer == "0"
         return answer, granted.flags
 
     async def info(self) -> DevInfo:
@@ -268,8 +286,7 @@ class RealStage:
             # Far from the others: adjacent ones may be merged.
             offset = len(self._readers) << 20
             path = f"/dev/ublkb{self._dev_id}"
-            with contextlib.suppress(ConnectionError, AssertionError):
-                sent.answer.set_result((await reader.do(path=path, offset=offset))["answer"])
+            sent.answer.set_result((await reader.do(path=path, offset=offset))["answer"])
 
         self._task(outcome())
         return sent
@@ -281,20 +298,19 @@ class RealStage:
         for actor in (*self._actors, self._sender):  # with the sender end its pending ENDs
             actor.kill()
         ended = [await actor.reaped() for actor in (*self._actors, self._sender)]
+        await self._end_tasks()
         self._sender.close()
         self._sender = self._make_sender()
         left = []
         for command in ("STOP_DEV", "DEL_DEV"):
-            sent = self._send(command)
+            sent = self._send(command, path=self._path)
             await asyncio.wait({sent.answer}, timeout=DEADLINE_S)
             if not sent.answer.done() or sent.answer.result() not in ("0", "ENODEV"):
                 left.append(command)
         for reader in (*self._readers, self._sender):
             reader.kill()
             ended.append(await reader.reaped())
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._end_tasks()
         for puppet in (*self._actors, *self._readers, self._sender):
             puppet.close()
         self._ring.close()
