@@ -13,7 +13,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from processes import Process
-from twin_device import Device, Kernel, KernelOops, Timing
+from twin_device import Device, KernelOops
+from twin_io import Kernel, Timing
 
 from ublkwatch.ctrl import CtrlError
 from ublkwatch.model import DevInfo, Generation

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from processes import Process
+from twin_io import DeviceIo, Kernel
 
 from ublkwatch.model import DevInfo, Generation, RecoveryMode
 from ublkwatch.uapi import DevState
@@ -21,46 +20,6 @@ from ublkwatch.uapi import DevState
 
 class KernelOops(AssertionError):  # noqa: N818 - what the kernel calls it
     """The real driver would have crashed here."""
-
-
-@dataclass
-class Timing:
-    """How long the kernel takes: (least, most) seconds (3.2)."""
-
-    command_s: tuple[float, float] = (0.0001, 0.002)
-    cancel_s: tuple[float, float] = (0.004, 0.03)  # from a ring's end to the cancelled commands
-    release_s: tuple[float, float] = (0.001, 0.02)  # from the last close to OPEN being cleared
-    io_s: tuple[float, float] = (0.0002, 0.004)
-    block_timeout_s: float = 30.0  # the block layer's, G2's last resort (3.1, "saturated")
-
-
-class Pulse:
-    """Wakes whoever waits for something to change; each looks for himself."""
-
-    def __init__(self) -> None:
-        self._waiters: list[asyncio.Future[None]] = []
-
-    def beat(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    async def wait(self) -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        await waiter
-
-
-@dataclass
-class Kernel:
-    """What all devices of a machine share."""
-
-    generation: Generation
-    rng: random.Random
-    timing: Timing
-    note: Callable[[str], None]
-    pulse: Pulse = field(default_factory=Pulse)
 
 
 class CharFile:
@@ -81,52 +40,20 @@ class CharFile:
         self.device.closed(self, process, dying=dying)
 
 
-@dataclass
-class Queue:
-    depth: int
-    fetched: set[int] = field(default_factory=set)
-    daemon: Process | None = None  # set by the fetch that completes the queue (9.1)
-    fetcher: Process | None = None  # who fetched anything of it
-    in_server: list[asyncio.Future[int]] = field(default_factory=list)  # requests in its hands
-    cancelled: bool = False
-
-    @property
-    def ready(self) -> bool:
-        return len(self.fetched) == self.depth
-
-    def reset(self) -> None:
-        self.fetched.clear()
-        self.daemon, self.fetcher, self.cancelled = None, None, False
-
-
-@dataclass
-class Io:
-    """What became of the requests: the oracle."""
-
-    issued: int = 0
-    completed: int = 0
-    failed: int = 0
-    waiting: list[asyncio.Future[int]] = field(default_factory=list)
-
-
-class Device:
+class Device(DeviceIo):
     """One device from ADD_DEV to the end of its id."""
 
     def __init__(self, kernel: Kernel, info: DevInfo) -> None:
+        mode = RecoveryMode.of(info.flags)
+        super().__init__(kernel, mode, info.nr_hw_queues, info.queue_depth)
         self.generation, self.dev_id, self.flags = kernel.generation, info.dev_id, info.flags
-        self.mode = RecoveryMode.of(info.flags)
-        self.queues = [Queue(info.queue_depth) for _ in range(info.nr_hw_queues)]
-        self.state = DevState.DEAD
         self.pid = -1
         self.diskseq: int | None = None
         self.removed = False  # deleted; its id may still be held (2.6, DEL_DEV_ASYNC)
-        self.io = Io()
         self.mutex = asyncio.Lock()  # ub->mutex: its waiters cannot be killed (6.2)
-        self.pulse, self.timing = kernel.pulse, kernel.timing
-        self._template, self._rng, self._note = info, kernel.rng, kernel.note
+        self._template, self._note = info, kernel.note
         self.file: CharFile | None = None
         self.open = False  # UB_STATE_OPEN
-        self.server: Process | None = None  # who was the last to open it
         self._owner: Process | None = None  # whom G3's ublksrv_pid means
         self._mm: Process | None = None  # whose memory the first mmap pinned
         self.completed = False  # G2's ub->completion: stale until START makes it anew
@@ -155,9 +82,6 @@ class Device:
     @property
     def all_ready(self) -> bool:
         return all(queue.ready for queue in self.queues)
-
-    def delay(self, span: tuple[float, float]) -> float:
-        return self._rng.uniform(*span)
 
     def info(self) -> DevInfo:
         """GET_DEV_INFO: unlocked. On G3 the pid of a process that is gone reads -1 (4)."""
@@ -344,11 +268,6 @@ class Device:
             self._dispatch(request)
         self.pulse.beat()
 
-    @property
-    def idle(self) -> bool:
-        """No request is in a server's hands: what STOP_DEV waits for, holding the mutex (3.8)."""
-        return not any(queue.in_server for queue in self.queues)
-
     def remove_disk(self) -> None:
         """STOP_DEV once it waits no longer: the disk is gone, what waited has failed (2.6)."""
         if self.state is not DevState.DEAD:
@@ -366,66 +285,3 @@ class Device:
         if self.open and self.server is not None and self.server.alive:
             self.on_abort(self.server)
         self.pulse.beat()
-
-    # --- I/O (3.3) -------------------------------------------------------------------------------
-
-    def submit(self) -> asyncio.Future[int]:
-        """One request from above; its outcome is 0 or an errno."""
-        request = asyncio.get_running_loop().create_future()
-        self.io.issued += 1
-        if self.state is DevState.FAIL_IO:
-            self._answer(request, errno.EREMOTEIO)
-        elif self.state is DevState.DEAD:
-            self._answer(request, errno.EIO)
-        elif self.state is DevState.QUIESCED:
-            self.io.waiting.append(request)
-        else:
-            self._dispatch(request)
-        return request
-
-    def _dispatch(self, request: asyncio.Future[int]) -> None:
-        """Give a request to its queue's server; a queue that is being cancelled takes none."""
-        queue = self._rng.choice(self.queues)
-        server = self.server
-        if (
-            server is None
-            or not server.alive
-            or not queue.ready
-            or queue.cancelled
-            or len(queue.in_server) >= queue.depth
-        ):
-            self.io.waiting.append(request)
-            return
-        queue.in_server.append(request)
-        delay = self.delay(self.timing.io_s)
-        asyncio.get_running_loop().call_later(delay, self._served, queue, server)
-
-    def _served(self, queue: Queue, server: Process) -> None:
-        if not queue.in_server or server is not self.server or not server.alive or server.silent:
-            return
-        self._answer(queue.in_server.pop(0), 0)
-        if self.io.waiting and self.state is DevState.LIVE:
-            self._dispatch(self.io.waiting.pop(0))
-        self.pulse.beat()
-
-    def _answer(self, request: asyncio.Future[int], error: int) -> None:
-        if error:
-            self.io.failed += 1
-        else:
-            self.io.completed += 1
-        if not request.done():
-            request.set_result(error)
-
-    def _give_back(self, queue: Queue) -> None:
-        """The server is gone: its requests are sent again, or have failed (3.3)."""
-        returned, queue.in_server = queue.in_server, []
-        if self.mode is RecoveryMode.REISSUE and self.state is not DevState.DEAD:
-            self.io.waiting += returned
-        else:
-            for request in returned:
-                self._answer(request, errno.EIO)
-
-    def _fail_waiting(self, error: int = errno.EIO) -> None:
-        waiting, self.io.waiting = self.io.waiting, []
-        for request in waiting:
-            self._answer(request, error)
