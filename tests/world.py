@@ -124,6 +124,8 @@ class World:
     disk_full: bool = False
     info_error: int = 0
     state_shown: int | None = None
+    torn: int = 0  # so many reads show QUIESCED while the device is LIVE
+    dies_in_s: float = 0.0  # how long a server that is started now takes to die
     stopped: bool = False  # somebody sent STOP_DEV or DEL_DEV
     effects: int = 0
     lives: int = 0
