@@ -53,6 +53,30 @@ def test_every_story_keeps_the_laws(part: int) -> None:
     assert not broken
 
 
+# What must meet for a rule to show, and seldom does by chance: servers, and faults.
+MEETINGS = [
+    (("hang-after-open",), ("undying",)),
+    (("exit-after-line", "exit-after-open"), ("undying",)),
+    (("exit-after-ready",), ("stranger",)),
+    (("exit-after-ready", "exit-after-ready"), ("saturated",)),
+    ((), ("death", "delete and add again")),
+    (("slow-start",), ("death", "delete and add again")),
+    (("slow-start",), ("rival",)),
+]
+
+
+@pytest.mark.parametrize("generation", GENERATIONS, ids=lambda generation: generation.name)
+@pytest.mark.parametrize(("kinds", "faults"), MEETINGS)
+def test_what_seldom_meets(
+    kinds: tuple[str, ...], faults: tuple[str, ...], generation: Generation
+) -> None:
+    stories = [Story(seed, generation, kinds=kinds, faults=faults) for seed in range(25)]
+    broken = {
+        story.seed: world.laws.broken for story in stories if (world := play(story)).laws.broken
+    }
+    assert not broken
+
+
 # What our own death is tried in, at every step.
 SCENES: dict[str, tuple[str, ...]] = {
     "a good server": (),
