@@ -28,6 +28,7 @@ class Process:
     silent: bool = False  # it has requests, and answers none
     how: str = ""  # "exit status 3", "SIGKILL"
     dies_in_s: float = 0.0  # how long it sleeps uninterruptibly before it takes a SIGKILL
+    dying: bool = False
     files: list[File] = field(default_factory=list)
     on_end: list[Callable[[], None]] = field(default_factory=list)
     task: asyncio.Task[None] | None = None  # what it does with its life
@@ -44,8 +45,9 @@ class Process:
         if not self.alive:
             return
         if self.dies_in_s and how == "SIGKILL":
-            delay, self.dies_in_s = self.dies_in_s, 0.0
-            asyncio.get_running_loop().call_later(delay, self.end)
+            if not self.dying:
+                self.dying = True
+                asyncio.get_running_loop().call_later(self.dies_in_s, self.end, "SIGKILL, at last")
             return
         self.alive, self.how = False, how
         if self.task is not None:
