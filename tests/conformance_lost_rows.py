@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from conformance_steps import (
+    ALIVE,
     DELETE,
     END,
     FAIL_IO,
@@ -115,6 +116,7 @@ GOING = (
             Tell(START),
             *back("new"),
         ),
+        complains=ALIVE,
     ),
     Row(
         "FAIL_IO",
