@@ -49,7 +49,7 @@ OWN_BOOT = (
         ),
         generations=(G2,),
         own_boot=True,
-        note="6.12.117: NULL pointer dereference in that START; the lab's kernel panics, status 125",
+        note="6.12.117: NULL pointer dereference in that START; the lab's kernel panics (125)",
     ),
     Row(
         "a saturated queue hides its server's end for 30 s",
