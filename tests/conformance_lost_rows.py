@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from conformance_steps import (
+    ALIVE,
     DELETE,
     END,
     FAIL_IO,
@@ -14,6 +15,7 @@ from conformance_steps import (
     START,
     STOP,
     Add,
+    Attach,
     By,
     Cancel,
     Close,
@@ -34,6 +36,10 @@ from conformance_steps import (
 
 from ublkwatch.uapi import DevFlags
 
+# ublk_ch_mmap() compares the bare address of the mm, which may be used again: on 6.12.117 such a
+# server mapped once, and its FETCH said EINVAL. So the rows' later servers run before that death.
+BY_CHANCE = "on G2 a server started after that death can map all the same, by chance"
+
 HALF_ATTACHED = (
     Row(
         "a server that had only mapped its queues is killed",
@@ -42,14 +48,17 @@ HALF_ATTACHED = (
             *crashed(),
             Tell(START),
             Serve("new", "mapped"),
+            Serve("third", "nothing"),
+            Serve("fourth", "nothing"),
             Kill("new"),
             Tell(START, By("EINVAL", "0")),
-            Serve("third", "all", By("mmap EINVAL", "0")),
+            Attach("third", "all", By("mmap EINVAL", "0")),
             Only(G3, (Tell(END, pid="third"), Shows("LIVE", "third"))),
-            # The dead server's memory stays pinned: no later server can map, ever.
-            Only(G2, (Kill("third"), Serve("fourth", "all", "mmap EINVAL"), Kill("fourth"))),
+            # The driver still compares with the dead server's memory, so no later one can map ...
+            Only(G2, (Kill("third"), Attach("fourth", "all", "mmap EINVAL"), Kill("fourth"))),
             Only(G2, (Tell(STOP), Shows("DEAD", "-1"))),
         ),
+        note=BY_CHANCE,
     ),
     Row(
         "a server that had fetched some tags is killed",
@@ -74,15 +83,16 @@ HALF_ATTACHED = (
             *crashed(queues=2),
             Tell(START),
             Serve("new", "one queue"),
+            Serve("third", "nothing"),
             Kill("new"),
             Shows("QUIESCED", By("old", "-1"), stays=True),
             Only(G3, (Tell(START),)),
-            Serve("third", "all", By("mmap EINVAL", "0")),
+            Attach("third", "all", By("mmap EINVAL", "0")),
             Tell(END, By("waits", "0"), pid="third"),
             Only(G2, (Tell(STOP), Shows("DEAD", "-1"))),
         ),
         complains=PARTIAL,
-        note="on G2 another START oopses: a row with a boot of its own",
+        note="on G2 another START oopses: a row with a boot of its own; " + BY_CHANCE,
     ),
 )
 
@@ -115,6 +125,7 @@ GOING = (
             Tell(START),
             *back("new"),
         ),
+        complains=ALIVE,
     ),
     Row(
         "FAIL_IO",

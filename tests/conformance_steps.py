@@ -190,6 +190,10 @@ START, END, STOP, DELETE = "START_USER_RECOVERY", "END_USER_RECOVERY", "STOP_DEV
 # What Linux 6.12's ublk_uring_cmd_cancel_fn(), mostly inlined, says of a queue fetched in part.
 PARTIAL = r"WARNING:.* ublk_(ch_uring_cmd|uring_cmd_cancel_fn)\b"
 
+# What Linux 6.12's ublk_queue_reinit(), inlined, says once a boot when START finds that the former
+# server has let go of the device and lives; START is accepted all the same.
+ALIVE = r"WARNING:.* ublk_ctrl_uring_cmd\b"
+
 
 def live(flags: DevFlags = REISSUE, queues: int = 1) -> tuple[Step, ...]:
     """Return the steps to a device that is LIVE under the server "old"."""
