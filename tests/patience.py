@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable
 
 import pytest
@@ -14,9 +13,10 @@ _POLL_S = 0.005
 
 async def until(condition: Callable[[], object], what: str) -> None:
     """Let the loop run until ``condition`` holds; fail with ``what`` when it never does."""
-    deadline = time.monotonic() + PATIENCE_S
+    clock = asyncio.get_running_loop().time  # which may be virtual
+    deadline = clock() + PATIENCE_S
     while not condition():
-        if time.monotonic() > deadline:
+        if clock() > deadline:
             pytest.fail(f"not within {PATIENCE_S:g} s: {what}")
         await asyncio.sleep(_POLL_S)
 

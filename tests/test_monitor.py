@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import errno
 import json
-import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
+import virtual
 from patience import until
 
 from ublkwatch.ctrl import CtrlError
@@ -47,6 +47,7 @@ class World:
     pid: int = 200
 
     def monitor(self, **policy: Any) -> Monitor:
+        clock = asyncio.get_running_loop().time
         policy = {"generation": Generation.G3, "probation_s": 0.01, **policy}
         edges = Edges(
             ctrl=self,
@@ -59,8 +60,8 @@ class World:
             holds=lambda _pid, _node: True,
             holders=lambda node: f"no visible holder of {node}",
             publish=self.transitions.append,
-            clock=time.monotonic,
-            wall=time.time,
+            clock=clock,
+            wall=clock,
         )
         cares = {0: Care(("/bin/server",), Policy(**policy), ("/bin/decide",))}
         self.seen = Monitor(edges, Policy(), cares, dict(self.saved), dict(self.specs))
@@ -190,7 +191,7 @@ def play(world: World, story: Callable[[], Awaitable[None]], **policy: Any) -> N
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
-    asyncio.run(run())
+    virtual.run(run())
 
 
 async def phase(world: World, wanted: Phase) -> Record:
@@ -319,7 +320,7 @@ def test_a_monitor_that_can_no_longer_look_ends_instead_of_going_blind() -> None
         assert ended.group_contains(PermissionError)
 
     world.blind = True
-    asyncio.run(run())
+    virtual.run(run())
 
 
 @pytest.mark.parametrize("state", [DevState.DEAD, DevState.QUIESCED])

@@ -1,0 +1,176 @@
+"""What must hold in every story: along the way, and at its end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cast import holder
+from twin import Command
+
+from ublkwatch.attempt import PERMANENT
+from ublkwatch.events import Transition
+from ublkwatch.model import Phase, Reason, Record, RecoveryMode, ServerId
+from ublkwatch.uapi import DevState
+
+if TYPE_CHECKING:
+    from world import World
+
+_MAY_FAIL = frozenset(Reason) - PERMANENT
+_FLIGHT_S = 0.1  # what was already on its way when the truth was read
+
+
+class Laws:
+    """Keeps watch; ``broken`` says what was broken, in order."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.broken: list[str] = []
+        self._dead: dict[int, tuple[float, int | None]] = {}  # when DEAD was read, of which disk
+        self._spawns: dict[int, list[float]] = {}
+
+    def _break(self, what: str) -> None:
+        self._world.note("LAW BROKEN", what)
+        self.broken.append(what)
+
+    # --- along the way ---------------------------------------------------------------------------
+
+    def read_dead(self, dev_id: int) -> None:
+        """The supervisor was told that the device is DEAD, or gone."""
+        now, diskseq = self._world.loop.time(), self._world.driver.diskseq(dev_id)
+        self._dead.setdefault(dev_id, (now, diskseq))
+
+    def _acts(self, what: str, dev_id: int) -> None:
+        """Nothing is resurrected after DEAD: but the next device of that id is another."""
+        if dev_id in self._dead:
+            at, _ = self._dead[dev_id]
+            if self._world.driver.diskseq(dev_id) is not None:
+                del self._dead[dev_id]
+            elif self._world.loop.time() > at + _FLIGHT_S:
+                self._break(f"{what} for a device that was read as DEAD at {at:.3f}")
+
+    def sends(self, command: str, dev_id: int, sent: list[Command]) -> None:
+        """One START or END at a time; END only in a round that a START began."""
+        if command not in ("START_USER_RECOVERY", "END_USER_RECOVERY"):
+            return
+        self._acts(command, dev_id)
+        self._committed(command, dev_id, Phase.STARTING if "START" in command else Phase.ATTACHING)
+        pending = [
+            one.name
+            for one in sent
+            if one.dev_id == dev_id and not one.done.done() and "RECOVERY" in one.name
+        ]
+        if pending:
+            self._break(f"{command} while {pending[0]} is with the kernel")
+        device = self._world.driver.devices.get(dev_id)
+        if command == "START_USER_RECOVERY" or "rival" in self._world.story.faults:
+            return  # a rival's END ends our round, and its START began it
+        if device is not None and not device.armed and device.state is not DevState.LIVE:
+            self._break("END behind no accepted START")
+
+    def _committed(self, what: str, dev_id: int, phase: Phase) -> None:
+        """The record was committed before its effects run; it may have moved on since."""
+        record = self._world.records.get(dev_id)
+        if record is None or phase.value not in [name for name, _ in record.marks]:
+            self._break(f"{what}, and the store knows nothing of {phase.value}: {record}")
+
+    def spawns(self, dev_id: int, tag: str) -> None:
+        """Attempts are within the policy's budget: one more for each life that was lost."""
+        self._acts("a new server", dev_id)
+        record = self._world.records.get(dev_id)
+        if record is None or record.seq < int(tag.rpartition("-")[2]):
+            self._break(f"server {tag}, and the store knows nothing of it: {record}")
+        others = [
+            str(process)
+            for process in self._world.processes.alive()
+            if process.tag.startswith(f"{dev_id}-") and process.tag != tag
+        ]
+        if others and not any("leaked" in other for other in others):
+            self._break(f"attempt {tag} begins while there is {', '.join(others)}")
+        now, policy = self._world.loop.time(), self._world.policy
+        recent = [at for at in self._spawns.get(dev_id, []) if now - at < policy.window_s]
+        self._spawns[dev_id] = [*recent, now]
+        if len(recent) >= policy.attempts_max + self._world.lives + self._world.recovered:
+            self._break(f"attempt {len(recent) + 1} within {policy.window_s:g} s")
+
+    def kills(self, server: ServerId) -> None:
+        """No server that serves is killed: but for what an attempt that failed left."""
+        for device in self._world.driver.devices.values():
+            serves = holder(device)
+            if serves is not None and serves.id == server and device.state is DevState.LIVE:
+                self._break(f"{serves} is killed, and it serves")
+
+    def line(self, dev_id: int, tag: str) -> None:
+        """Never two servers: nobody else has the line, and the old one is gone."""
+        self._acts("a line", dev_id)
+        self._committed("a line", dev_id, Phase.ATTACHING)
+        others = [
+            str(process)
+            for process in self._world.cast.lined.get(dev_id, ())
+            if process.alive and process.tag not in (tag, "")
+        ]
+        device = self._world.driver.devices.get(dev_id)
+        if device is not None and (serves := holder(device)) and "creator" in serves.name:
+            others.append(str(serves))
+        if others:
+            self._break(f"the line for {tag} while there is {', '.join(others)}")
+
+    def transition(self, transition: Transition) -> None:
+        if transition.after.reason is Reason.INTERNAL_ERROR:
+            self._break(f"a bug: {transition.after.detail}")
+
+    # --- at the end ------------------------------------------------------------------------------
+
+    def verdict(self, record: Record | None, *, settled: bool) -> list[str]:
+        """Judge the end; return what was broken in the whole story."""
+        world = self._world
+        if not settled:
+            self._break(f"it never came to rest: {record.phase.value if record else 'no record'}")
+        for oops in world.driver.oopses:
+            self._break(f"the kernel: {oops}")
+        for leak in world.loop.leaks():
+            self._break(f"an error that nobody took: {leak}")
+        if settled:
+            self._end(record)
+        self._io()
+        return self.broken
+
+    def _end(self, record: Record | None) -> None:
+        story, device = self._world.story, self._world.driver.devices.get(0)
+        live = device is not None and device.state is DevState.LIVE
+        if record is None:
+            if device is not None and device.state is not DevState.DEAD:
+                self._break(f"the device is {device.state.name}, and forgotten")
+            elif not story.stops and story.mode is not RecoveryMode.NONE:
+                self._break("the device is gone, and nobody stopped it")
+            return
+        if record.phase is Phase.WATCHING:
+            assert device is not None
+            serves = holder(device)
+            if not live or serves is None or record.server != serves.id:
+                state, where = device.state.name, f"held by {serves}"
+                self._break(f"WATCHING {record.server}, but the device is {state}, {where}")
+            return
+        if record.phase is Phase.OBSERVED:
+            if record.reason not in story.observes:
+                self._break(f"OBSERVED: {record.reason}")
+            return
+        if record.phase is not Phase.FAILED or record.reason is None:
+            self._break(f"it rests in {record.phase}")
+        elif record.reason in _MAY_FAIL:
+            if len(record.failures) < self._world.policy.attempts_max:
+                self._break(f"FAILED after {len(record.failures)} failures: {record.reason}")
+        elif record.reason not in story.reasons:
+            self._break(f"FAILED: {record.reason.name} ({record.detail})")
+
+    def _io(self) -> None:
+        """With REISSUE no request is lost; nor ever one that was never in a dead server's hands."""
+        world, device = self._world, self._world.device
+        io = device.io
+        in_server = sum(len(queue.in_server) for queue in device.queues)
+        if io.issued != io.completed + io.failed + len(io.waiting) + in_server:
+            self._break(f"requests were lost from sight: {io}")
+        if io.failed and world.story.mode is RecoveryMode.REISSUE and not world.stopped:
+            self._break(f"{io.failed} requests failed on a REISSUE device that nobody stopped")
+        good = device.state is DevState.LIVE and (serves := holder(device)) is not None
+        if good and serves is not None and not serves.silent and (io.waiting or in_server):
+            self._break(f"LIVE, but {len(io.waiting)} wait and {in_server} are unanswered")

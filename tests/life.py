@@ -1,0 +1,309 @@
+"""One life of the supervisor over the twins: the real Monitor, and its edges by Protocol.
+
+A life is killed as by SIGKILL: from that instant none of its edges does anything, its control
+worker's commands are interrupted where the kernel lets them, and what the store saved is all that
+the next life knows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from cast import Home
+from twin import PARAMS, Command
+from twin_device import CharFile
+
+from ublkwatch.ctrl import CtrlError
+from ublkwatch.events import Transition
+from ublkwatch.model import DevInfo, Record, ServerId, Spec
+from ublkwatch.monitor import Monitor
+from ublkwatch.perform import Edges
+from ublkwatch.uapi import DevState
+
+if TYPE_CHECKING:
+    from world import World
+
+POLL_S = 1.0
+_GRACE_S = 1.0
+
+
+class Life:
+    """The edges, and when they fail."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.alive = world, True
+        self.commands: dict[str, tuple[str, Command | None, asyncio.Event]] = {}
+        self._sent: list[Command] = []
+        self._watched: set[ServerId] = set()
+        self._children: set[int] = set()
+        self._listening: set[str] = set()
+        clock = world.loop.time
+        edges = Edges(
+            ctrl=self,
+            workers=self,
+            servers=self,
+            launcher=self,
+            store=self,
+            dev_ids=world.driver.dev_ids,
+            instance=self.instance,
+            holds=self.holds,
+            holders=self.holders,
+            publish=self.publish,
+            clock=clock,
+            wall=clock,
+        )
+        self.monitor = Monitor(
+            edges, world.policy, world.commands, dict(world.records), dict(world.specs)
+        )
+        self.task = asyncio.create_task(self.monitor.run(POLL_S), name="supervisor")
+        world.note("supervisor", "starts")
+        for tag in world.homes:
+            world.homes[tag].notify = lambda: None
+
+    def die(self) -> None:
+        """SIGKILL."""
+        self.alive = False
+        self.world.note("supervisor", "is killed")
+        self.task.cancel()
+        for command in self._sent:
+            command.cancel()
+        self.world.died()
+
+    def _before(self, what: str) -> None:
+        self._check()
+        self.world.effect("before", what)
+        self._check()
+
+    def _after(self, what: str) -> None:
+        self._check()
+        self.world.effect("after", what)
+        self._check()
+
+    def _check(self) -> None:
+        if not self.alive:
+            raise asyncio.CancelledError
+
+    # --- Ctrl and Workers ------------------------------------------------------------------------
+
+    async def get_dev_info(self, dev_id: int) -> DevInfo:
+        await asyncio.sleep(self.world.rng.uniform(0.00005, 0.001))
+        if error := self.world.info_error:
+            raise CtrlError(error, "GET_DEV_INFO", dev_id)
+        try:
+            info = self.world.driver.info(dev_id)
+        except OSError:
+            self.world.laws.read_dead(dev_id)
+            raise
+        if info.state is DevState.DEAD:
+            self.world.laws.read_dead(dev_id)
+        state = self.world.state_shown
+        if self.world.torn and info.state is DevState.LIVE:
+            self.world.torn -= 1
+            state = DevState.QUIESCED
+        return info if state is None else replace(info, state=state)
+
+    async def call(
+        self, command: str, dev_id: int, key: str, *, timeout_s: float, **arguments: float
+    ) -> dict[str, Any]:
+        """As ctrl_worker.Workers: the worker's own deadline, then the daemon's."""
+        self._before(command)
+        self.world.laws.sends(command, dev_id, self._sent)
+        lost = self.world.lost(command)
+        if command.endswith("_RECOVERY"):
+            self.world.note("supervisor", f"sends {command} ublk {dev_id}")
+        self.commands[key] = (command, None, asyncio.Event())
+        try:
+            async with asyncio.timeout(timeout_s + _GRACE_S):
+                if lost == "command":
+                    await asyncio.Event().wait()
+                error = await self._work(command, dev_id, key, timeout_s, **arguments)
+                if lost == "reply":
+                    await asyncio.Event().wait()
+        except TimeoutError:
+            error = errno.ETIMEDOUT
+        finally:
+            self.commands.pop(key, None)
+        self._after(command)
+        if error:
+            raise CtrlError(error, command, dev_id)
+        return {"params": PARAMS}
+
+    async def _work(
+        self, name: str, dev_id: int, key: str, timeout_s: float, **arguments: float
+    ) -> int:
+        cancelled = self.commands[key][2]
+        loop = asyncio.get_running_loop()
+        busy_s = arguments.get("busy_s", 0.0)
+        limit = timeout_s - busy_s if name != "END_USER_RECOVERY" else timeout_s * 2
+        give_up, pause = loop.time() + busy_s, 0.001
+        while True:
+            error = await self._send(name, dev_id, key, limit, int(arguments.get("pid", 0)))
+            if error != errno.EBUSY or loop.time() >= give_up or name != "START_USER_RECOVERY":
+                return error
+            try:
+                async with asyncio.timeout(pause):
+                    await cancelled.wait()
+            except TimeoutError:
+                pause = min(0.05, pause * 1.25)
+            else:
+                return errno.EINTR
+
+    async def _send(self, name: str, dev_id: int, key: str, limit_s: float, pid: int) -> int:
+        command = self.world.driver.send(name, dev_id, pid=pid)
+        self._sent.append(command)
+        cancelled = self.commands[key][2]
+        self.commands[key] = (name, command, cancelled)
+        if name == "END_USER_RECOVERY" and cancelled.is_set():
+            command.cancel()
+        done, _ = await asyncio.wait({command.done}, timeout=limit_s)
+        return command.done.result() if done else errno.ETIMEDOUT
+
+    def cancel(self, key: str) -> None:
+        self._before("cancel")
+        if key in self.commands:
+            name, command, cancelled = self.commands[key]
+            cancelled.set()
+            if command is not None and name == "END_USER_RECOVERY":
+                command.cancel()
+
+    # --- Servers ---------------------------------------------------------------------------------
+
+    def identify(self, pid: int) -> ServerId | None:
+        process = self.world.processes.get(pid)
+        return process.id if process and process.alive else None
+
+    def watch(self, server: ServerId) -> None:
+        if server in self._watched or not self.alive:
+            return
+        self._watched.add(server)
+        process = self.world.processes.get(server.pid)
+        if process is not None and process.alive:
+            process.on_end.append(lambda: self._pidfd_readable(server))
+        else:
+            self.world.loop.call_soon(self._report, server)
+
+    def _pidfd_readable(self, server: ServerId) -> None:
+        self.world.loop.call_later(self.world.rng.uniform(0.001, 0.01), self._report, server)
+
+    def _report(self, server: ServerId) -> None:
+        if self.alive:
+            self._watched.discard(server)
+            self.monitor.server_exited(server)
+
+    def kill(self, server: ServerId) -> None:
+        self._before("kill")
+        self.world.laws.kills(server)
+        self._kill(server)
+        self._after("kill")
+
+    def _kill(self, server: ServerId) -> None:
+        self.watch(server)
+        process = self.world.processes.get(server.pid)
+        if process is not None:
+            process.end()
+
+    def tagged(self, tag: str) -> list[ServerId]:
+        return [process.id for process in self.world.processes.alive() if process.tag == tag]
+
+    async def end_tagged(self, tag: str) -> None:
+        self._before("end attempt")
+        while strays := self.tagged(tag):
+            for server in strays:
+                self._kill(server)
+            await asyncio.sleep(0.02)
+            self._check()
+        self._after("end attempt")
+
+    def instance(self, dev_id: int) -> str | None:
+        diskseq = self.world.driver.diskseq(dev_id)
+        return None if diskseq is None else f"boot/{diskseq}"
+
+    def holds(self, pid: int, node: str) -> bool:
+        process = self.world.processes.get(pid)
+        return process is not None and any(
+            isinstance(file, CharFile) and f"/dev/ublkc{file.device.dev_id}" == node
+            for file in process.files
+        )
+
+    def holders(self, node: str) -> str:
+        holding = [who for who in self.world.processes.alive() if self.holds(who.pid, node)]
+        return f"{node} is held by process {holding[0]}" if holding else f"no holder of {node}"
+
+    # --- Launcher --------------------------------------------------------------------------------
+
+    async def start(self, tag: str, command: tuple[str, ...]) -> int:
+        del command
+        self._before("spawn")
+        dev_id = int(tag.partition("-")[0])
+        self.world.laws.spawns(dev_id, tag)
+        kind = self.world.next_kind(dev_id)
+        await asyncio.sleep(self.world.rng.uniform(0.0005, 0.01))
+        if kind == "no-start":
+            raise OSError(errno.ENOENT, "No such file or directory: '/bin/server'")
+        home = self.world.homes[tag] = Home()
+        self.listen(tag)
+        process = self.world.cast.start(kind, dev_id, tag, home)
+        process.dies_in_s = self.world.dies_in_s
+        self._children.add(process.pid)
+        self.world.note("supervisor", f"starts {process}, attempt {tag}")
+        await asyncio.sleep(self.world.rng.uniform(0.0005, 0.01))
+        self._after("spawn")
+        return process.pid
+
+    def listen(self, tag: str) -> None:
+        if tag in self.world.homes:
+            self.world.homes[tag].notify = lambda: self._ready(tag)
+
+    def _ready(self, tag: str) -> None:
+        if self.alive:
+            self.world.loop.call_soon(self.monitor.ready, tag)
+
+    def write_line(self, tag: str, line: str) -> None:
+        self._before("line")
+        if tag not in self.world.homes:
+            raise OSError(errno.ENOENT, f"No such file or directory: {tag}/stdin")
+        self.world.laws.line(int(tag.partition("-")[0]), tag)
+        self.world.homes[tag].write(line)
+        self.world.note("supervisor", f"writes the line of attempt {tag}")
+        self._after("line")
+
+    def how_ended(self, pid: int) -> str:
+        process = self.world.processes.get(pid)
+        return process.how if process and pid in self._children else "unknown"
+
+    def last_words(self, tag: str) -> str:
+        return self.world.homes[tag].said if tag in self.world.homes else ""
+
+    def keep_only(self, tags: set[str]) -> None:
+        for tag in self.world.homes.keys() - tags:
+            del self.world.homes[tag]
+
+    def trim(self) -> None: ...
+
+    # --- Store -----------------------------------------------------------------------------------
+
+    def save_record(self, record: Record) -> None:
+        self._before("save")
+        if self.world.disk_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.world.records[record.dev_id] = replace(record, info=None)
+        self._after("save")
+
+    def drop_record(self, dev_id: int) -> None:
+        self._before("drop")
+        self.world.records.pop(dev_id, None)
+        self._after("drop")
+
+    def save_spec(self, spec: Spec) -> None:
+        self._before("save spec")
+        if self.world.disk_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.world.specs[spec.dev_id] = spec
+        self._after("save spec")
+
+    def publish(self, transition: Transition) -> None:
+        if self.alive:
+            self.world.published(transition)
