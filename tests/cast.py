@@ -39,11 +39,13 @@ class Home:
 
     lines: list[str] = field(default_factory=list)
     said: str = ""  # the last line of its output
+    read: bool = False  # a server has taken its line
     notify: Callable[[], None] = lambda: None
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def line(self) -> str:
         await self.arrived.wait()
+        self.read = True
         return self.lines[0]
 
     def write(self, line: str) -> None:

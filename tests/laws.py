@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from cast import holder
 from twin import Command
 
-from ublkwatch.attempt import PERMANENT
 from ublkwatch.events import Transition
 from ublkwatch.model import Phase, Reason, Record, RecoveryMode, ServerId
 from ublkwatch.uapi import DevState
+from ublkwatch.verdict import PERMANENT
 
 if TYPE_CHECKING:
     from world import World
@@ -25,7 +25,7 @@ class Laws:
     def __init__(self, world: World) -> None:
         self._world = world
         self.broken: list[str] = []
-        self._dead: dict[int, tuple[float, int | None]] = {}  # when DEAD was read, of which disk
+        self._dead: dict[int, float] = {}  # when DEAD was read
         self._spawns: dict[int, list[float]] = {}
 
     def _break(self, what: str) -> None:
@@ -36,17 +36,18 @@ class Laws:
 
     def read_dead(self, dev_id: int) -> None:
         """The supervisor was told that the device is DEAD, or gone."""
-        now, diskseq = self._world.loop.time(), self._world.driver.diskseq(dev_id)
-        self._dead.setdefault(dev_id, (now, diskseq))
+        if self._world.driver.diskseq(dev_id) is None:  # else only what is shown of it is DEAD
+            self._dead.setdefault(dev_id, self._world.loop.time())
+
+    def created(self, dev_id: int) -> None:
+        """The next device of an id is another."""
+        self._dead.pop(dev_id, None)
 
     def _acts(self, what: str, dev_id: int) -> None:
-        """Nothing is resurrected after DEAD: but the next device of that id is another."""
-        if dev_id in self._dead:
-            at, _ = self._dead[dev_id]
-            if self._world.driver.diskseq(dev_id) is not None:
-                del self._dead[dev_id]
-            elif self._world.loop.time() > at + _FLIGHT_S:
-                self._break(f"{what} for a device that was read as DEAD at {at:.3f}")
+        """Nothing is resurrected after DEAD."""
+        at = self._dead.get(dev_id)
+        if at is not None and self._world.loop.time() > at + _FLIGHT_S:
+            self._break(f"{what} for a device that was read as DEAD at {at:.3f}")
 
     def sends(self, command: str, dev_id: int, sent: list[Command]) -> None:
         """One START or END at a time; END only in a round that a START began."""

@@ -16,7 +16,7 @@ from cast import Home
 from twin import PARAMS, Command
 from twin_device import CharFile
 
-from ublkwatch.ctrl import CtrlError
+from ublkwatch.ctrl import CtrlError, patiently
 from ublkwatch.events import Transition
 from ublkwatch.model import DevInfo, Record, ServerId, Spec
 from ublkwatch.monitor import Monitor
@@ -56,7 +56,7 @@ class Life:
             wall=clock,
         )
         self.monitor = Monitor(
-            edges, world.policy, world.commands, dict(world.records), dict(world.specs)
+            edges, world.policy, world.cares, dict(world.records), dict(world.specs)
         )
         self.task = asyncio.create_task(self.monitor.run(POLL_S), name="supervisor")
         world.note("supervisor", "starts")
@@ -114,52 +114,62 @@ class Life:
         lost = self.world.lost(command)
         if command.endswith("_RECOVERY"):
             self.world.note("supervisor", f"sends {command} ublk {dev_id}")
-        self.commands[key] = (command, None, asyncio.Event())
+        cancelled = asyncio.Event()
+        self.commands[key] = (command, None, cancelled)
+        work = asyncio.create_task(self._work_unless(lost, command, dev_id, key, **arguments))
         try:
-            async with asyncio.timeout(timeout_s + _GRACE_S):
-                if lost == "command":
-                    await asyncio.Event().wait()
-                error = await self._work(command, dev_id, key, timeout_s, **arguments)
-                if lost == "reply":
-                    await asyncio.Event().wait()
-        except TimeoutError:
-            error = errno.ETIMEDOUT
+            if command == "END_USER_RECOVERY":
+                await self._either(work, cancelled)
+            error = (
+                work.result() if await patiently(work, timeout_s + _GRACE_S) else errno.ETIMEDOUT
+            )
         finally:
+            work.cancel()
             self.commands.pop(key, None)
         self._after(command)
         if error:
             raise CtrlError(error, command, dev_id)
         return {"params": PARAMS}
 
-    async def _work(
-        self, name: str, dev_id: int, key: str, timeout_s: float, **arguments: float
+    async def _either(self, work: asyncio.Task[int], cancelled: asyncio.Event) -> None:
+        cancel = asyncio.create_task(cancelled.wait())
+        waited: set[asyncio.Future[Any]] = {work, cancel}
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        cancel.cancel()
+
+    async def _work_unless(
+        self, lost: str, name: str, dev_id: int, key: str, **arguments: float
     ) -> int:
+        error = 0
+        if lost != "command":
+            error = await self._work(name, dev_id, key, **arguments)
+        if lost:
+            await asyncio.Event().wait()
+        return error
+
+    async def _work(self, name: str, dev_id: int, key: str, **arguments: float) -> int:
         cancelled = self.commands[key][2]
-        loop = asyncio.get_running_loop()
-        busy_s = arguments.get("busy_s", 0.0)
-        limit = timeout_s - busy_s if name != "END_USER_RECOVERY" else timeout_s * 2
-        give_up, pause = loop.time() + busy_s, 0.001
+        busy_s, pause = arguments.get("busy_s", 0.0), 0.001
         while True:
-            error = await self._send(name, dev_id, key, limit, int(arguments.get("pid", 0)))
-            if error != errno.EBUSY or loop.time() >= give_up or name != "START_USER_RECOVERY":
+            error = await self._send(name, dev_id, key, int(arguments.get("pid", 0)))
+            if error != errno.EBUSY or busy_s <= 0 or name != "START_USER_RECOVERY":
                 return error
             try:
                 async with asyncio.timeout(pause):
                     await cancelled.wait()
             except TimeoutError:
-                pause = min(0.05, pause * 1.25)
+                busy_s, pause = busy_s - pause, min(0.05, pause * 1.25)
             else:
                 return errno.EINTR
 
-    async def _send(self, name: str, dev_id: int, key: str, limit_s: float, pid: int) -> int:
+    async def _send(self, name: str, dev_id: int, key: str, pid: int) -> int:
         command = self.world.driver.send(name, dev_id, pid=pid)
         self._sent.append(command)
         cancelled = self.commands[key][2]
         self.commands[key] = (name, command, cancelled)
         if name == "END_USER_RECOVERY" and cancelled.is_set():
             command.cancel()
-        done, _ = await asyncio.wait({command.done}, timeout=limit_s)
-        return command.done.result() if done else errno.ETIMEDOUT
+        return await asyncio.shield(command.done)
 
     def cancel(self, key: str) -> None:
         self._before("cancel")
@@ -270,9 +280,28 @@ class Life:
         self.world.note("supervisor", f"writes the line of attempt {tag}")
         self._after("line")
 
-    def how_ended(self, pid: int) -> str:
+    def unread(self, tag: str) -> bool:
+        home = self.world.homes.get(tag)
+        return home is not None and bool(home.lines) and not home.read
+
+    def how_ended(self, pid: int) -> tuple[str, int | None]:
         process = self.world.processes.get(pid)
-        return process.how if process and pid in self._children else "unknown"
+        if process is None or pid not in self._children:
+            return "unknown", None
+        return process.how, process.code
+
+    async def decide(
+        self, command: tuple[str, ...], about: dict[str, str], timeout_s: float
+    ) -> tuple[str, int | None]:
+        del command, about, timeout_s
+        self._before("decide")
+        await asyncio.sleep(self.world.rng.uniform(0.01, 2))
+        self._after("decide")
+        return "exit status", self.world.decision
+
+    async def shutting_down(self) -> bool:
+        await asyncio.sleep(self.world.rng.uniform(0.01, 0.3))
+        return self.world.host_ends
 
     def last_words(self, tag: str) -> str:
         return self.world.homes[tag].said if tag in self.world.homes else ""

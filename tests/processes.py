@@ -34,6 +34,12 @@ class Process:
     task: asyncio.Task[None] | None = None  # what it does with its life
 
     @property
+    def code(self) -> int | None:
+        """Its exit code, if it ended by itself."""
+        what, _, number = self.how.rpartition(" ")
+        return int(number) if what == "exit status" else None
+
+    @property
     def id(self) -> ServerId:
         return ServerId(self.pid, self.pid * 7, BOOT)
 

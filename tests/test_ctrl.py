@@ -12,10 +12,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import virtual
 
 from ublkwatch import uapi
 from ublkwatch.async_ring import AsyncRing
-from ublkwatch.ctrl import CtrlError, UblkCtrl, unpack_dev_info
+from ublkwatch.ctrl import CtrlError, UblkCtrl, patiently, unpack_dev_info
 from ublkwatch.uapi import DevFlags, DevState
 from ublkwatch.uring import Buffer
 
@@ -151,3 +152,17 @@ def test_a_state_that_we_do_not_know_stays_a_number() -> None:
 def test_a_flag_that_we_do_not_know_is_kept() -> None:
     info = unpack_dev_info(uapi.ublksrv_ctrl_dev_info.pack(flags=1 << 63))
     assert int(info.flags) == 1 << 63
+
+
+def test_patience_counts_only_the_time_in_which_we_ran() -> None:
+    async def wait() -> tuple[float, bool]:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, virtual.Loop)
+        nobody: asyncio.Future[None] = loop.create_future()
+        loop.call_later(3, loop.jump, 3600)  # as a SIGSTOP does
+        came = await patiently(nobody, 10)
+        return loop.time(), came
+
+    ended_at, came = virtual.run(wait())
+    assert not came
+    assert 3609 < ended_at < 3611

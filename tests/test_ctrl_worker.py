@@ -190,3 +190,44 @@ def test_a_worker_that_dies_fails_its_commands_and_is_replaced() -> None:
         assert (await again)["error"] == 0
 
     play(work)
+
+
+def test_a_command_that_is_cancelled_before_it_is_sent_is_not_sent() -> None:
+    async def work(stage: Stage) -> None:
+        silent = stage.call(1, timeout_s=0)
+        await stage.peers[0].request()
+        with pytest.raises(CtrlError, match="ETIMEDOUT"):
+            await silent
+        early, other = stage.call(2, key="early"), stage.call(3)  # a worker is started for them
+        await asyncio.sleep(0)
+        stage.workers.cancel("early")
+        with pytest.raises(CtrlError, match="EINTR"):
+            await early
+        request = await stage.peers[1].request()
+        assert request is not None
+        assert request["dev_id"] == 3
+        stage.peers[1].answer(request)
+        await other
+
+    play(work)
+
+
+def test_end_has_no_deadline_until_it_is_cancelled() -> None:
+    async def work(stage: Stage) -> None:
+        end = asyncio.create_task(
+            stage.workers.call("END_USER_RECOVERY", 1, "end", timeout_s=0, pid=7)
+        )
+        sent = await stage.peers[0].request()
+        await asyncio.sleep(1.2)  # longer than the deadline of any other
+        assert not end.done()
+        assert stage.workers.retired == 0
+        stage.workers.cancel("end")
+        assert await stage.peers[0].request() == {
+            "id": sent["id"] if sent else 0,
+            "command": "cancel",
+        }
+        with pytest.raises(CtrlError, match="ETIMEDOUT"):
+            await end
+        assert stage.workers.retired == 1
+
+    play(work)

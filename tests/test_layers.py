@@ -40,7 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "metrics": {"", "events", "model", "status", "uapi"},
     "log": {"events", "model"},
     # L3: the shell; its edges come in by Protocol
-    "perform": {"attempt", "events", "model"},
+    "perform": {"events", "model"},
     "monitor": {"attempt", "events", "model", "orders", "perform", "recovery", "uapi"},
     # L4: composition
     "daemon": {

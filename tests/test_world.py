@@ -147,7 +147,7 @@ async def phase_of(world: World, dev_id: int) -> Record:
 @pytest.mark.parametrize("fault", ["mutex", "hanging server", "bug", "lost command"])
 def test_one_device_never_delays_another(fault: str) -> None:
     async def tell(world: World) -> None:
-        world.commands[1] = ("/bin/server",)
+        world.cares[1] = world.cares[0]
         await world.create(0)
         await world.create(1)
         world.begin_life()

@@ -29,7 +29,7 @@ from twin import Driver
 from twin_device import Device
 
 from ublkwatch.events import Transition
-from ublkwatch.model import Generation, Phase, Policy, Reason, Record, RecoveryMode, Spec
+from ublkwatch.model import Care, Generation, Phase, Policy, Reason, Record, RecoveryMode, Spec
 from ublkwatch.uapi import DevFlags
 
 PLAIN = DevFlags.USER_RECOVERY
@@ -115,12 +115,13 @@ class World:
 
     story: Story
     loop: virtual.Loop
-    commands: dict[int, tuple[str, ...]] = field(default_factory=lambda: {0: ("/bin/server",)})
     records: dict[int, Record] = field(default_factory=dict)
     specs: dict[int, Spec] = field(default_factory=dict)
     homes: dict[str, Home] = field(default_factory=dict)
     transcript: list[str] = field(default_factory=list)
     losing: dict[str, str] = field(default_factory=dict)
+    decision: int | None = None  # what the operator's command says
+    host_ends: bool = False
     disk_full: bool = False
     info_error: int = 0
     state_shown: int | None = None
@@ -134,6 +135,7 @@ class World:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.story.seed)  # noqa: S311 - chance that can be replayed
         self.policy = Policy(generation=self.story.generation)
+        self.cares = {0: Care(("/bin/server",), self.policy)}
         self.processes = Processes()
         self.driver = Driver(
             self.story.generation, self.rng, note=lambda text: self.note("kernel", text)
@@ -232,6 +234,7 @@ class World:
         self.cast.create("good", dev_id)
         while device.diskseq is None:
             await self.driver.pulse.wait()
+        self.laws.created(dev_id)
 
     def begin_life(self) -> None:
         self.lives += 1

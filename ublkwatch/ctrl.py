@@ -14,6 +14,7 @@ import asyncio
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 from ublkwatch import uapi
 from ublkwatch.async_ring import AsyncRing, Operation
@@ -32,6 +33,9 @@ _MEANING = {
     errno.EINTR: "it was cancelled while it waited",
     errno.ETIMEDOUT: "the kernel did not answer in time",
 }
+
+
+_BEAT_S = 0.5  # of patience: what a stall of ours counts at most
 
 
 class CtrlError(OSError):
@@ -229,12 +233,24 @@ class CtrlOperation:
 
         After a timeout the command is still with the kernel, and its buffer with us.
         """
-        done, _ = await asyncio.wait({self._operation.done}, timeout=max(0.0, timeout_s))
-        if not done:
+        if not await patiently(self._operation.done, timeout_s):
             raise CtrlError(errno.ETIMEDOUT, self._command, self._dev_id)
         result = self._operation.done.result()
         if result < 0:
             raise CtrlError(-result, self._command, self._dev_id)
+
+
+async def patiently(answer: asyncio.Future[Any], timeout_s: float) -> bool:
+    """Wait for an answer, and tell whether it came; seconds count in which we ourselves ran.
+
+    After a SIGSTOP or a suspend a deadline has passed without anybody having been late: a stall
+    counts one beat, however long it was.
+    """
+    while timeout_s > 0 and not answer.done():
+        beat_s = min(_BEAT_S, timeout_s)
+        await asyncio.wait({answer}, timeout=beat_s)
+        timeout_s -= beat_s
+    return answer.done()
 
 
 def unpack_dev_info(data: bytes) -> DevInfo:

@@ -23,13 +23,12 @@ from collections.abc import Callable
 from typing import Any
 
 from ublkwatch.async_ring import AsyncRing
-from ublkwatch.ctrl import CtrlError, UblkCtrl
+from ublkwatch.ctrl import CtrlError, UblkCtrl, patiently
 
 _log = logging.getLogger("ublkwatch")
 
-_GRACE_S = (
-    1.0  # the worker keeps the deadline itself; the daemon waits this much longer for its word
-)
+# The worker keeps the deadline itself; the daemon waits this much longer for its word.
+_GRACE_S = 1.0
 _START_S = 60.0
 _HELLO = 0  # the id of a worker's first message, which answers nothing
 _IN_FLIGHT_MAX = 256
@@ -45,6 +44,7 @@ class Workers:
         self._start = start
         self._current: _Line | None = None
         self._retired: list[_Line] = []  # those that still have something to finish
+        self._calls: dict[str, asyncio.Event] = {}  # by key: set when it is cancelled
         self._starting = asyncio.Lock()  # two calls at a time start one worker, not two
         self.retired = 0  # how many, ever
 
@@ -70,17 +70,29 @@ class Workers:
     ) -> dict[str, Any]:
         """Run a command and return its answer; CtrlError when it failed or was not answered.
 
-        ``key`` names it for cancel(). ETIMEDOUT retires the worker.
+        ``key`` names it for cancel(), which may come before the command is sent: then it is not.
+        END sleeps until a server has attached or it is cancelled: its time counts from then on.
+        ETIMEDOUT retires the worker.
         """
-        await self.prepare()
-        line = self._current
-        assert line is not None
-        request = {"command": command, "dev_id": dev_id, "timeout_s": timeout_s, **arguments}
+        cancelled = self._calls[key] = asyncio.Event()
         try:
-            async with asyncio.timeout(timeout_s + _GRACE_S):
-                answer = await line.ask(key, request)
-        except TimeoutError:
-            answer = {"error": errno.ETIMEDOUT}
+            await self.prepare()
+            line = self._current
+            assert line is not None
+            if cancelled.is_set():
+                raise CtrlError(errno.EINTR, command, dev_id)
+            request = {"command": command, "dev_id": dev_id, "timeout_s": timeout_s, **arguments}
+            asked = asyncio.ensure_future(line.ask(key, request))
+            if command == "END_USER_RECOVERY":
+                await _either(asked, cancelled)
+            if not await patiently(asked, timeout_s + _GRACE_S):
+                asked.cancel()
+                self._retire(line, command, dev_id)
+                raise CtrlError(errno.ETIMEDOUT, command, dev_id)
+        finally:
+            if self._calls.get(key) is cancelled:
+                del self._calls[key]
+        answer = asked.result()
         if answer["error"] == errno.ETIMEDOUT:
             self._retire(line, command, dev_id)
         if answer["error"]:
@@ -89,6 +101,8 @@ class Workers:
 
     def cancel(self, key: str) -> None:
         """Interrupt the command of that name, whichever worker has it; its answer comes."""
+        if key in self._calls:
+            self._calls[key].set()
         for line in (*self._retired, *([self._current] if self._current else [])):
             line.cancel(key)
 
@@ -106,6 +120,15 @@ class Workers:
                 "%s ublk %d was not answered: its control worker is retired", command, dev_id
             )
         line.retire()
+
+
+async def _either(answer: asyncio.Future[dict[str, Any]], cancelled: asyncio.Event) -> None:
+    cancel = asyncio.ensure_future(cancelled.wait())
+    waited: set[asyncio.Future[Any]] = {answer, cancel}
+    try:
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        cancel.cancel()
 
 
 class _Line:
@@ -218,19 +241,18 @@ class _Worker:
         self, dev_id: int, timeout_s: float, busy_s: float, cancelled: asyncio.Event
     ) -> None:
         """Send START until it is accepted: EBUSY while the old server's files are being closed."""
-        clock = asyncio.get_running_loop().time
-        give_up = clock() + busy_s
+        limit_s = timeout_s - busy_s  # the rest is for the one that sleeps on the device's mutex
         pause_s = _BUSY_PAUSE_S
         while True:
             try:
-                # The rest of the time is for the one that sleeps on the device's mutex.
-                return await self._ctrl.start_user_recovery(dev_id, timeout_s=timeout_s - busy_s)
+                return await self._ctrl.start_user_recovery(dev_id, timeout_s=limit_s)
             except CtrlError as error:
-                if error.errno != errno.EBUSY or clock() >= give_up:
+                if error.errno != errno.EBUSY or busy_s <= 0:
                     raise
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(cancelled.wait(), pause_s)
                 raise CtrlError(errno.EINTR, "START_USER_RECOVERY", dev_id)
+            busy_s -= pause_s  # and not by the clock, which goes on while we are stopped
             pause_s = min(_BUSY_PAUSE_MAX_S, pause_s * 1.25)
 
     async def _end(self, dev_id: int, pid: int, cancelled: asyncio.Event) -> None:

@@ -12,7 +12,8 @@ import asyncio
 import errno
 import logging
 import random
-from dataclasses import replace
+from collections import deque
+from dataclasses import dataclass, replace
 
 from ublkwatch import orders, recovery
 from ublkwatch.attempt import ATTEMPTING
@@ -37,6 +38,14 @@ _log = logging.getLogger("ublkwatch")
 _SAVE_RETRY_S = 1.0
 _STALL_S = 2.0  # without a turn of the loop, beyond the poll's interval
 _HOUSEKEEPING_S = 5.0
+_TOLD_ANEW = (InfoRead, InfoMissing, Woken)  # by the next poll, or the timer
+
+
+@dataclass(frozen=True, slots=True)
+class _DiskAgain:
+    """It is time to see whether the disk takes records again; ``fact`` was just read."""
+
+    fact: Event | None
 
 
 class Monitor:
@@ -57,8 +66,9 @@ class Monitor:
         self._former = records
         self._specs = specs
         self._records: dict[int, Record] = {}
-        self._inbox: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+        self._inbox: asyncio.Queue[tuple[int, Event | _DiskAgain]] = asyncio.Queue()
         self._timers: dict[int, asyncio.TimerHandle] = {}
+        self._unsaved: dict[int, deque[Event]] = {}  # facts that wait for the disk, in their order
         self._performer = Performer(edges, cares, specs, self)
         self._shutting_down = False
         self._look = asyncio.Event()
@@ -130,7 +140,12 @@ class Monitor:
     async def _step_for_ever(self) -> None:
         while True:
             dev_id, event = await self._inbox.get()
-            self._take(dev_id, event)
+            if isinstance(event, _DiskAgain):
+                self._catch_up(dev_id, event.fact)
+            elif (waiting := self._unsaved.get(dev_id)) is None:
+                self._take(dev_id, event)
+            elif not isinstance(event, _TOLD_ANEW):
+                waiting.append(event)
 
     def post(self, dev_id: int, event: Event) -> None:
         self._inbox.put_nowait((dev_id, event))
@@ -145,7 +160,8 @@ class Monitor:
         before = self._records[dev_id]
         try:
             after, effects = recovery.step(before, event, now, self.policy(dev_id))
-            if not self._commit(before, after, dev_id, event):
+            if not self._commit(before, after, dev_id):
+                self._put_off(dev_id, event)
                 return
             self._records[dev_id] = after
             if after.phase is Phase.GONE:
@@ -186,7 +202,7 @@ class Monitor:
                 self._records[dev_id] = recovery.delayed(record, slept_s)
                 self._arm(self._records[dev_id])
 
-    def _commit(self, before: Record, after: Record, dev_id: int, event: Event) -> bool:
+    def _commit(self, before: Record, after: Record, dev_id: int) -> bool:
         if _lasting(before) == _lasting(after) or after.phase is Phase.GONE:
             return True
         try:
@@ -194,10 +210,35 @@ class Monitor:
         except OSError as error:
             _log.error("ublk %d: record not saved (%s); nothing was done, trying again in %g s",
                        dev_id, error, _SAVE_RETRY_S)  # fmt: skip
-            loop = asyncio.get_running_loop()
-            loop.call_later(_SAVE_RETRY_S, self.post, dev_id, event)
             return False
         return True
+
+    def _put_off(self, dev_id: int, event: Event) -> None:
+        """Keep a fact until the disk takes records again, and all that come behind it.
+
+        What is told anew anyway is not kept: a read that is seconds old is no truth any more.
+        """
+        waiting = self._unsaved.setdefault(dev_id, deque())
+        if not isinstance(event, _TOLD_ANEW):
+            waiting.appendleft(event)
+        self._performer.spawn(dev_id, self._try_again(dev_id))
+
+    async def _try_again(self, dev_id: int) -> None:
+        await asyncio.sleep(_SAVE_RETRY_S)
+        self._inbox.put_nowait((dev_id, _DiskAgain(await self._ask(dev_id))))
+
+    def _catch_up(self, dev_id: int, now_true: Event | None) -> None:
+        """Step what was put off: ended processes, then what is true now, then what was answered."""
+        put_off = self._unsaved.pop(dev_id, deque())
+        ends = [event for event in put_off if isinstance(event, ServerExited)]
+        rest = [event for event in put_off if not isinstance(event, ServerExited)]
+        waiting = deque([*ends, *([now_true] if now_true else []), *rest])
+        while waiting and dev_id not in self._unsaved:
+            self._take(dev_id, waiting.popleft())
+        if dev_id in self._unsaved:
+            self._unsaved[dev_id].extend(waiting)
+        elif (record := self._records.get(dev_id)) is not None:
+            self._arm(record)
 
     def quarantine(self, dev_id: int, error: BaseException) -> None:
         """Keep the hands off a device over which our own code failed; the others live on."""
@@ -220,6 +261,7 @@ class Monitor:
         del self._records[dev_id]
         if timer := self._timers.pop(dev_id, None):
             timer.cancel()
+        self._unsaved.pop(dev_id, None)
         self._edges.store.drop_record(dev_id)
 
     def _arm(self, record: Record) -> None:
@@ -254,26 +296,29 @@ class Monitor:
 
     async def read(self, dev_id: int) -> None:
         """GET_DEV_INFO, and what we make of a device that is new to us."""
+        if (fact := await self._ask(dev_id)) is not None:
+            self.post(dev_id, fact)
+
+    async def _ask(self, dev_id: int) -> Event | None:
         try:
             info = await self._edges.ctrl.get_dev_info(dev_id)
         except OSError as error:
             if error.errno == errno.ENODEV:
                 self._abandon_former(dev_id)
-                self.post(dev_id, InfoMissing())
-            else:
-                _log.warning("ublk %d: %s", dev_id, error)
-            return
+                return InfoMissing()
+            _log.warning("ublk %d: %s", dev_id, error)
+            return None
         instance = self._edges.instance(dev_id)
         record = self._records.get(dev_id)
         if instance is None and info.state is not DevState.DEAD:
-            return  # its disk comes or goes just now; the next read sees which
+            return None  # its disk comes or goes just now; the next read sees which
         if record is None:
             if info.state is DevState.DEAD or instance is None:
                 self._abandon_former(dev_id)
-                return  # added and not started yet, or stopped: no disk, nothing to keep alive
+                return None  # added and not started yet, or stopped: no disk, nothing to keep alive
             record = await self._meet(dev_id, instance)
         server = self._identify(info, record)
-        self.post(dev_id, InfoRead(info, instance or record.instance, server))
+        return InfoRead(info, instance or record.instance, server)
 
     async def _meet(self, dev_id: int, instance: str) -> Record:
         former = self._former.get(dev_id)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ublkwatch import attempt
 from ublkwatch.events import (
     AttemptOver,
     Cancel,
@@ -143,6 +142,8 @@ class Performer:
         self._specs = specs
         self._monitor = monitor
         self._tasks: set[asyncio.Task[None]] = set()
+        self._current: dict[int, str] = {}  # the attempt, by device, whose server may be started
+        self._forks: dict[int, asyncio.Lock] = {}  # held while a server is being started
         self._ending: set[str] = set()  # attempts whose processes are being ended just now
         self._learning: dict[int, asyncio.Lock] = {}
         self._works: dict[type[Effect], Callable[[Record], Coroutine[Any, Any, None]]] = {
@@ -170,8 +171,8 @@ class Performer:
                 edges.servers.watch(effect.server)
             case Kill():
                 edges.servers.kill(effect.server)
-            case Cancel():
-                edges.workers.cancel(tag)
+            case Cancel():  # a task, like what it cancels: which so is sent first
+                self.spawn(dev_id, self._cancel(tag))
             case WriteLine():
                 spec = self._specs.get(dev_id)
                 if spec is not None and spec.instance == record.instance:
@@ -181,6 +182,10 @@ class Performer:
             case SendEnd():
                 self.spawn(dev_id, self._send_end(record, effect.pid))
             case _:
+                if isinstance(effect, Spawn):
+                    self._current[dev_id] = tag
+                elif isinstance(effect, EndAttempt):
+                    self._current.pop(dev_id, None)
                 self.spawn(dev_id, self._works[type(effect)](record))
 
     def spawn(self, dev_id: int, work: Coroutine[Any, Any, None]) -> None:
@@ -194,21 +199,30 @@ class Performer:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._monitor.quarantine(dev_id, error)
 
+    async def _cancel(self, tag: str) -> None:
+        self._edges.workers.cancel(tag)
+
     async def _start_server(self, record: Record) -> None:
-        dev_id, seq = record.dev_id, record.seq
+        dev_id, seq, tag = record.dev_id, record.seq, tag_of(record)
         try:
             await self._learn(record)
-            pid = await self._edges.launcher.start(tag_of(record), self._cares[dev_id].command)
+            async with self._fork(dev_id):
+                if self._current.get(dev_id) != tag:
+                    return  # the attempt has ended meanwhile
+                pid = await self._edges.launcher.start(tag, self._cares[dev_id].command)
         except OSError as error:
             self._monitor.post(dev_id, SpawnFailed(seq, str(error)))
             return
         server = self._edges.servers.identify(pid)
         if server is None:
             how, _ = self._edges.launcher.how_ended(pid)
-            words = self._edges.launcher.last_words(tag_of(record))
+            words = self._edges.launcher.last_words(tag)
             self._monitor.post(dev_id, SpawnFailed(seq, f"{how}: {words}" if words else how))
         else:
             self._monitor.post(dev_id, Spawned(seq, server))
+
+    def _fork(self, dev_id: int) -> asyncio.Lock:
+        return self._forks.setdefault(dev_id, asyncio.Lock())
 
     async def learn_early(self, record: Record) -> None:
         try:
@@ -251,9 +265,8 @@ class Performer:
         self._monitor.post(record.dev_id, StartReplied(record.seq, error))
 
     async def _send_end(self, record: Record, pid: int) -> None:
-        policy = self._monitor.policy(record.dev_id)
-        timeout_s = attempt.attach_patience_s(policy) + _COMMAND_S
-        error = await self._call("END_USER_RECOVERY", record, timeout_s=timeout_s, pid=pid)
+        # It sleeps for as long as the machine lets it: that has the deadline, and cancels it.
+        error = await self._call("END_USER_RECOVERY", record, timeout_s=_COMMAND_S, pid=pid)
         self._monitor.post(record.dev_id, EndReplied(record.seq, error))
 
     async def _send_stop(self, record: Record) -> None:
@@ -332,7 +345,8 @@ class Performer:
         self._ending.add(tag)
         try:
             async with asyncio.timeout(self._monitor.policy(record.dev_id).stop_timeout_s):
-                await self._edges.servers.end_tagged(tag)
+                async with self._fork(record.dev_id):  # a server that is just being started
+                    await self._edges.servers.end_tagged(tag)
             unread = self._edges.launcher.unread(tag)
             self._monitor.post(record.dev_id, AttemptOver(record.seq, unread))
         except TimeoutError:
