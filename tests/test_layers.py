@@ -36,7 +36,7 @@ LAYERS: dict[str, set[str]] = {
     "server": {"model"},
     "launch": {"model"},
     "store": {"model"},
-    "config": set(),
+    "config": {"model"},
     "metrics": {"", "events", "model", "status", "uapi"},
     "log": {"events", "model"},
     # L3: the shell; its edges come in by Protocol

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from ublkwatch.ctrl_worker import Workers
 from ublkwatch.events import Transition
 from ublkwatch.launch import Launcher, start_worker
 from ublkwatch.metrics import Metrics, Page
-from ublkwatch.model import Care, Generation, Phase, Policy, ServerId
+from ublkwatch.model import Care, Generation, Phase, ServerId
 from ublkwatch.monitor import Monitor
 from ublkwatch.perform import Edges
 from ublkwatch.store import Store
@@ -91,12 +92,12 @@ class Daemon:
             clock=time.monotonic,
             wall=time.time,
         )
-        policy = Policy(generation=Generation.of(features), **self._settings.recovery)  # type: ignore[arg-type]
-        commands = self._settings.commands.items()
+        self._generation = Generation.of(features)
+        settings = self._settings
         self._monitor = Monitor(
             self._wrap(edges),
-            policy,
-            {dev_id: Care(command, policy) for dev_id, command in commands},
+            replace(settings.policy, generation=self._generation),
+            {dev_id: _under(care, self._generation) for dev_id, care in settings.cares.items()},
             self._store.load_records(),
             self._store.load_specs(),
         )
@@ -105,7 +106,7 @@ class Daemon:
         try:
             await _prepare(workers)
             port = await self._serve_metrics(page)
-            rules = Generation.of(features).name
+            rules = self._generation.name
             where = f", metrics on port {port}" if port else ""
             _log.info("watching; driver features 0x%x, rules %s%s", features or 0, rules, where)
             await self._run_tasks(stop)
@@ -211,6 +212,11 @@ class Daemon:
                 f"metrics: cannot listen on {address} port {port}: {error.strerror}; change "
                 "metrics.port, or set metrics.enabled = false"
             ) from error
+
+
+def _under(care: Care, generation: Generation) -> Care:
+    """Let a device's policy know the kernel's kind."""
+    return replace(care, policy=replace(care.policy, generation=generation))
 
 
 def _open_ring() -> AsyncRing:
