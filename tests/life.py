@@ -54,6 +54,7 @@ class Life:
             publish=self.publish,
             clock=clock,
             wall=clock,
+            chance=world.rng.random,
         )
         self.monitor = Monitor(
             edges, world.policy, world.cares, dict(world.records), dict(world.specs)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from ublkwatch import cli, config
-from ublkwatch.model import Phase, Reason
+from ublkwatch.model import Order, Phase, Reason
 
 TOP = Path(__file__).parent.parent
 RECOVERY = (TOP / "docs/recovery.md").read_text()
@@ -29,6 +31,24 @@ def test_every_setting_that_the_documents_name_exists() -> None:
     named = set(re.findall(r"`([a-z]+_[a-z_]*(?:_s|_max))`", RECOVERY + README + ARCHITECTURE))
     assert named
     assert named <= known
+
+
+def test_the_readmes_configuration_is_one() -> None:
+    text = README.split("# /etc/ublkwatch/ublkwatch.toml")[1].partition("\n")[2]
+    example = "\n".join(
+        line.strip() for line in text.split("\nWith `handoff")[0].splitlines() if line
+    )
+    parsed = config.parse(example.encode(), "README.md")
+    assert parsed.cares.keys() == {0, 1}
+    assert parsed.cares[1].policy.attach_timeout_s == config.DELEGATED_ATTACH_TIMEOUT_S
+
+
+def test_every_verb_is_in_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    verbs = set(re.findall(r"^    ([a-z]+) ", capsys.readouterr().out, re.MULTILINE))
+    assert {order.value for order in Order} < verbs
+    assert verbs == set(re.findall(r"^    ublkwatch ([a-z]+)", README, re.MULTILINE))
 
 
 def test_every_exit_code_is_in_the_readme() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 from ublkwatch.store import Store
 
@@ -33,3 +34,18 @@ def test_history_forgets_its_oldest(tmp_path: Path) -> None:
         history = store.load_history()
         assert len(history) == HISTORY_MAX
         assert (history[0], history[-1]) == ({"dev_id": 1}, {"dev_id": -1})
+
+
+def test_orders_are_kept_beside_the_recoveries_and_disturb_nobody_who_reads_those(
+    tmp_path: Path,
+) -> None:
+    entries: list[dict[str, Any]] = [
+        {"dev_id": 0},
+        {"kind": "order", "dev_id": 1},
+        {"kind": "recovery", "dev_id": 2},
+    ]
+    with contextlib.closing(Store(tmp_path / "run", tmp_path / "lib")) as store:
+        for entry in entries:
+            store.add_history(entry)
+        assert [entry["dev_id"] for entry in store.load_history()] == [0, 2]
+        assert store.load_history("order") == entries[1:2]

@@ -27,6 +27,7 @@ LAYERS: dict[str, set[str]] = {
         *("attempt", "events", "model", "orders", "resume", "timers", "uapi", "verdict"),
     },
     "status": {"model", "uapi"},
+    "explain": {"attempt", "model", "orders", "status", "uapi", "verdict"},
     # L2: edges
     "uring": {"uapi"},
     "async_ring": {"uapi", "uring"},
@@ -36,7 +37,8 @@ LAYERS: dict[str, set[str]] = {
     "server": {"model"},
     "launch": {"model"},
     "store": {"model"},
-    "config": set(),
+    "config": {"model"},
+    "admin": {"model"},
     "metrics": {"", "events", "model", "status", "uapi"},
     "log": {"events", "model"},
     # L3: the shell; its edges come in by Protocol
@@ -44,10 +46,20 @@ LAYERS: dict[str, set[str]] = {
     "monitor": {"attempt", "events", "model", "orders", "perform", "recovery", "uapi"},
     # L4: composition
     "daemon": {
-        *("async_ring", "config", "ctrl", "ctrl_worker", "discover", "events", "launch", "log"),
+        *(
+            "admin",
+            "async_ring",
+            "config",
+            "ctrl",
+            "ctrl_worker",
+            "discover",
+            "events",
+            "launch",
+            "log",
+        ),
         *("metrics", "model", "monitor", "perform", "server", "status", "store", "uapi"),
     },
-    "cli": {"", "config", "daemon", "status", "store"},
+    "cli": {"", "admin", "config", "daemon", "explain", "model", "status", "store"},
 }
 
 # What acts on the world has one home each.
@@ -66,13 +78,14 @@ HOMES = {
     "os.system": set(),
     "os.fork": set(),
     "time.sleep": set(),
-    "time.monotonic": {"daemon"},
-    "time.time": {"daemon", "status"},
+    "time.monotonic": {"cli", "daemon"},
+    "time.time": {"cli", "daemon", "status"},
     "sys.exit": set(),
 }
 PURE = (
     *("uapi", "model", "events"),
     *("verdict", "attempt", "orders", "timers", "resume", "recovery"),
+    "explain",
 )
 HARMLESS = {
     *("__future__", "collections", "dataclasses", "enum", "errno", "struct", "typing", "ublkwatch")

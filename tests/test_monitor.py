@@ -62,6 +62,7 @@ class World:
             publish=self.transitions.append,
             clock=clock,
             wall=clock,
+            chance=lambda: 1.0,
         )
         cares = {0: Care(("/bin/server",), Policy(**policy), ("/bin/decide",))}
         self.seen = Monitor(edges, Policy(), cares, dict(self.saved), dict(self.specs))

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 
 from ublkwatch import status
-from ublkwatch.model import DevInfo, Phase, Policy, Reason, Record, RecoveryMode, ServerId
+from ublkwatch.model import (
+    DevInfo,
+    Generation,
+    Phase,
+    Policy,
+    Reason,
+    Record,
+    RecoveryMode,
+    ServerId,
+)
 from ublkwatch.uapi import DevFlags, DevState
 
 NOW, WALL = 5000.0, 1_700_000_000.0
@@ -97,6 +106,9 @@ def test_the_document_says_who_wrote_it_when_and_how_to_understand_it() -> None:
     made = document(BACKING_OFF, HEALTHY)
     assert (made["schema_version"], made["written_at"], made["supervisor_pid"]) == (1, WALL, 42)
     assert [each["dev_id"] for each in made["devices"]] == [0, 12]
+    assert made["generation"] == "UNKNOWN"
+    known = status.document([], lambda _: Policy(), wall=0, now=0, pid=1, generation=Generation.G2)
+    assert known["generation"] == "G2"
 
 
 def test_times_in_the_document_are_wall_times() -> None:
@@ -118,6 +130,7 @@ def test_a_watched_device_is_told_in_full() -> None:
         "state": "LIVE",
         "phase": "watching",
         "reason": None,
+        "detail": None,
         "explanation": "",
         "since": WALL - 100,
         "next_at": None,
@@ -134,6 +147,11 @@ def test_a_watched_device_is_told_in_full() -> None:
         "timeline": [],
         "attempts": 0,
         "attempts_left": 5,
+        "held": False,
+        "held_until": None,
+        "held_by": None,
+        "give_up_at": None,
+        "stopped": False,
     }
 
 
@@ -169,3 +187,55 @@ def test_waiting_for_the_old_server_to_go_is_told_as_such() -> None:
     assert status.explanation(waiting) == (
         "the new server is ready; waiting for the kernel to let go of the old one"
     )
+
+
+# --- held, given up -------------------------------------------------------------------------------
+
+
+def test_who_holds_a_device_and_until_when_is_told() -> None:
+    held = replace(HEALTHY, held=True, held_by="uid 0 (root), pid 9: new disk", held_until=NOW + 60)
+    told = device(held)
+    assert (told["held"], told["held_until"]) == (True, WALL + 60)
+    assert told["held_by"] == "uid 0 (root), pid 9: new disk"
+    assert told["explanation"] == (
+        "held by uid 0 (root), pid 9: new disk: a crash is not recovered"
+    )
+    assert device(replace(held, held_until=None))["held_until"] is None
+
+
+def test_when_io_will_have_waited_long_enough_is_told() -> None:
+    assert device(replace(BACKING_OFF, give_up_at=NOW + 5))["give_up_at"] == WALL + 5
+
+
+@pytest.mark.parametrize(
+    ("phase", "says"),
+    [
+        (Phase.DECIDING, "given up, on_exhausted_command decides: the server ended"),
+        (Phase.FAILING, "given up, STOP_DEV ends the I/O that waits: the server ended"),
+    ],
+)
+def test_what_giving_up_means_is_told_beside_its_reason(phase: Phase, says: str) -> None:
+    assert status.explanation(replace(BACKING_OFF, phase=phase)).startswith(says)
+
+
+def test_a_device_that_was_stopped_is_not_told_as_one_whose_io_waits() -> None:
+    stopped = replace(BACKING_OFF, phase=Phase.FAILED, stopped=True)
+    assert status.explanation(stopped) == (
+        "given up and stopped, what waited ended in errors: "
+        "the server ended before it was ready (exit status 1: no file)"
+    )
+    assert device(stopped)["stopped"] is True
+
+
+def test_a_hold_that_is_the_reason_is_told_once() -> None:
+    held = replace(BACKING_OFF, phase=Phase.HELD, reason=Reason.HELD, detail="me", held=True)
+    assert status.explanation(held) == "held: nothing is done until it is released (me)"
+
+
+@pytest.mark.parametrize("state", [*DevState, 9])
+def test_the_kernels_answer_comes_back_out_of_the_document(state: DevState | int) -> None:
+    there = info(0, state)
+    back = status.info_from(device(replace(HEALTHY, info=there)))
+    assert back is not None
+    assert replace(back, max_io_buf_bytes=there.max_io_buf_bytes) == there
+    assert status.info_from(device(UNREAD)) is None

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ublkwatch.model import Armed, DevInfo, Phase, QueueConfig, Reason, Record, ServerId, Spec
-from ublkwatch.store import Store, StoreError, replace_file
+from ublkwatch.store import Store, StoreError, read_record, replace_file
 from ublkwatch.uapi import DevFlags, DevState
 
 RECORD = Record(
@@ -80,6 +80,17 @@ def test_every_record_comes_back_as_it_was_but_for_the_kernels_answer(store: Sto
         store.save_record(record)
     expected = {record.dev_id: replace(record, info=None) for record in variants()}
     assert store.load_records() == expected
+
+
+def test_who_only_looks_needs_no_lock_and_changes_nothing(store: Store, tmp_path: Path) -> None:
+    store.save_record(RECORD)
+    assert read_record(tmp_path / "run", RECORD.dev_id) == replace(RECORD, info=None)
+    assert read_record(tmp_path / "run", 99) is None
+    bad = tmp_path / "run/records/4.json"
+    bad.write_text('{"version": 2}')
+    with pytest.raises(StoreError, match=r"records/4\.json cannot be understood"):
+        read_record(tmp_path / "run", 4)
+    assert bad.read_text() == '{"version": 2}'
 
 
 def test_the_sample_record_has_no_field_at_its_default() -> None:

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ublkwatch import __version__, config, status
+from ublkwatch import __version__, admin, config, explain, status
 from ublkwatch.config import Config, ConfigError
+from ublkwatch.model import Generation, Order, Phase, Policy, Reason, Record
 
 if TYPE_CHECKING:  # imported late, see _run()
     from ublkwatch.store import Store
@@ -24,14 +29,23 @@ if TYPE_CHECKING:  # imported late, see _run()
 EXIT_OK = 0
 EXIT_FAILED = 1  # something went wrong that is none of the below
 EXIT_USAGE = 2  # the command line
-EXIT_NOT_RUNNING = 3  # status: ublkwatch is not running
+EXIT_NOT_RUNNING = 3  # ublkwatch is not running
+EXIT_REFUSED = 4  # an order was refused, or there is no such device
 EXIT_UNHEALTHY = 5  # status: a device is neither watched nor observed
 EXIT_UNAVAILABLE = 69  # no /dev/ublk-control, or io_uring is disabled (EX_UNAVAILABLE)
 EXIT_STATE = 73  # a directory cannot be written, or is in use (EX_CANTCREAT)
-EXIT_NO_PERMISSION = 77  # no CAP_SYS_ADMIN (EX_NOPERM)
+EXIT_NO_PERMISSION = 77  # no CAP_SYS_ADMIN, or not root (EX_NOPERM)
 EXIT_CONFIG = 78  # the configuration (EX_CONFIG)
 
 _CAP_SYS_ADMIN = 21
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_ORDERS = {
+    Order.HOLD: "keep the hands off a device, until it is released or for a time",
+    Order.RELEASE: "end a hold, and take up what waits",
+    Order.RETRY: "try again to recover a device that was given up",
+    Order.RECOVER: "recover a device now, whatever it waits for",
+    Order.FORGET: "keep the hands off this life of a device for good",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +81,34 @@ def _parser() -> argparse.ArgumentParser:
     show = verbs.add_parser("status", parents=[shared], help="show the devices")
     show.add_argument("--json", action="store_true", help="the status document, for programs")
     show.set_defaults(verb=_status)
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("dev_id", type=_dev_id, metavar="DEV", help="N, ublkbN or /dev/ublkbN")
+    tell = verbs.add_parser("explain", parents=[shared, device], help="say all about a device")
+    tell.set_defaults(verb=_explain)
+    for order, text in _ORDERS.items():
+        verb = verbs.add_parser(order.value, parents=[shared, device], help=text)
+        verb.set_defaults(verb=_order, order=order, for_s=None)
+        verb.add_argument("--reason", default="", metavar="TEXT", help="for the log and for others")
+        if order is Order.HOLD:
+            verb.add_argument(
+                "--for", dest="for_s", type=_seconds, metavar="TIME", help="90s, 30m, 2h or 1d"
+            )
     return parser
+
+
+def _dev_id(text: str) -> int:
+    match = re.fullmatch(r"(?:(?:/dev/)?ublk[bc])?([0-9]{1,7})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; write N, ublkbN or /dev/ublkbN")
+    return int(match[1])
+
+
+def _seconds(text: str) -> float:
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])", text)
+    seconds = float(match[1]) * _UNITS_S[match[2]] if match else 0
+    if not 0 < seconds <= admin.HOLD_MAX_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 90s, 30m, 2h or up to 30d")
+    return seconds
 
 
 # --- status --------------------------------------------------------------------------------------
@@ -77,7 +118,7 @@ def _status(arguments: argparse.Namespace) -> int:
     settings = config.load(arguments.config)
     path = settings.runtime_dir / "status.json"
     try:
-        document: dict[str, Any] = json.loads(path.read_text())
+        document = _document(settings)
     except FileNotFoundError:
         return _say(EXIT_NOT_RUNNING, f"{path}: ublkwatch is not running, and has not been")
     except (OSError, ValueError) as error:
@@ -91,6 +132,11 @@ def _status(arguments: argparse.Namespace) -> int:
         return EXIT_NOT_RUNNING
     healthy = all(device["phase"] in ("watching", "observed") for device in document["devices"])
     return EXIT_OK if healthy else EXIT_UNHEALTHY
+
+
+def _document(settings: Config) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((settings.runtime_dir / "status.json").read_text())
+    return document
 
 
 def _locked(path: Path) -> bool:
@@ -108,6 +154,94 @@ def _locked(path: Path) -> bool:
     finally:
         os.close(lock)
     return False
+
+
+# --- orders --------------------------------------------------------------------------------------
+
+
+def _order(arguments: argparse.Namespace) -> int:
+    settings = config.load(arguments.config)
+    order, dev_id = arguments.order, arguments.dev_id
+    what = f"{order.value} ublkb{dev_id}"
+    if len(arguments.reason) > admin.REASON_MAX:
+        return _say(EXIT_USAGE, f"--reason: at most {admin.REASON_MAX} characters")
+    request = admin.Request(order, dev_id, arguments.for_s, arguments.reason)
+    try:
+        refusal = admin.ask(settings.runtime_dir, request)
+    except (FileNotFoundError, ConnectionRefusedError):
+        hint = "start it, then ask again"
+        return _say(EXIT_NOT_RUNNING, f"{what}: ublkwatch is not running; {hint}")
+    except PermissionError:
+        return _say(EXIT_NO_PERMISSION, f"{what}: only root may give orders; try sudo")
+    except TimeoutError:
+        return _say(EXIT_FAILED, f"{what}: no answer from ublkwatch; its log may say why")
+    except OSError as error:
+        return _say(EXIT_FAILED, f"{what}: {settings.runtime_dir / admin.NAME}: {error}")
+    if refusal:
+        hint = f"`ublkwatch explain {dev_id}` says what can be done"
+        return _say(EXIT_REFUSED, f"{what}: refused: {refusal}; {hint}")
+    print(f"{what}: done")
+    return EXIT_OK
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from ublkwatch.store import StoreError, read_record  # noqa: PLC0415 - as in _run()
+
+    settings, dev_id = config.load(arguments.config), arguments.dev_id
+    running = _locked(settings.runtime_dir / "lock")
+    try:
+        record = read_record(settings.runtime_dir, dev_id)
+    except PermissionError as error:
+        return _say(EXIT_NO_PERMISSION, f"explain ublkb{dev_id}: {error.filename}: try sudo")
+    except StoreError as error:
+        return _say(EXIT_FAILED, f"explain ublkb{dev_id}: {error}")
+    document: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # the record says what matters
+        document = _document(settings)
+    if record is None or not record.instance.startswith(f"{_boot_id()}/"):
+        if not running:
+            return _say(EXIT_NOT_RUNNING, f"ublkb{dev_id}: unknown, and ublkwatch is not running")
+        hint = "`ublkwatch status` shows the devices that are"
+        return _say(EXIT_REFUSED, f"ublkb{dev_id}: no such device is known; {hint}")
+    record = _completed(record, document)
+    times = explain.Times(time.monotonic(), time.time(), _clock)
+    policy = _policy(settings, dev_id, document)
+    written_at = document.get("written_at")
+    print(explain.explain(record, policy, times, running=running, written_at=written_at))
+    return EXIT_OK if running else EXIT_NOT_RUNNING
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _clock(wall: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall))
+
+
+def _policy(settings: Config, dev_id: int, document: dict[str, Any]) -> Policy:
+    """Return the device's policy as the daemon that wrote the document has it."""
+    care = settings.cares.get(dev_id)
+    known = Generation.__members__.get(document.get("generation", ""), Generation.UNKNOWN)
+    return replace(
+        care.policy if care else settings.policy, generation=known, has_spec=care is not None
+    )
+
+
+def _completed(record: Record, document: dict[str, Any]) -> Record:
+    """Add what is not saved with a record: the kernel's answer, and that our code failed."""
+    for device in document.get("devices", []):
+        if device["dev_id"] == record.dev_id:
+            record = replace(record, info=status.info_from(device))
+            if device["reason"] == Reason.INTERNAL_ERROR.name:
+                record = replace(
+                    record,
+                    phase=Phase.FAILED,
+                    reason=Reason.INTERNAL_ERROR,
+                    detail=device.get("detail") or "",
+                    wake=None,
+                )
+    return record
 
 
 # --- run -----------------------------------------------------------------------------------------

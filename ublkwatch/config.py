@@ -12,8 +12,11 @@ import stat
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
+
+from ublkwatch.model import Care, Exhausted, Handoff, Policy
 
 DEFAULT_PATH = Path("/etc/ublkwatch/ublkwatch.toml")
 
@@ -24,13 +27,30 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key: its type, its default, the range of a number, and what it is for."""
+    """One key: its type, its default, the range of a number (or of a list's), what it is for."""
 
     type: type
-    default: Any
+    default: Any  # None: the key must be given
     help: str
     low: float = 0
     high: float = float("inf")
+    choices: tuple[str, ...] = ()  # of a string; none: any
+
+
+_DAY_S = 86400
+_DEFAULT = Policy()
+# Public recover commands may be at it for 32 s (ublksrv's), and nobody can tell that from hanging.
+DELEGATED_ATTACH_TIMEOUT_S = 60.0
+
+
+def _key(default: Any, text: str, low: float = 0, high: float = float("inf")) -> Key:
+    """Declare a key that is a field of Policy, whose default and kind are the field's."""
+    if isinstance(default, Enum):
+        choices = tuple(each.value for each in type(default))
+        return Key(str, default.value, text, choices=choices)
+    if isinstance(default, frozenset):
+        return Key(list, sorted(default), text, low, high)
+    return Key(type(default), default, text, low, high)
 
 
 TOP = {
@@ -43,20 +63,51 @@ METRICS = {
     "address": Key(str, "127.0.0.1", "the address to listen on"),
     "port": Key(int, 9787, "the port to listen on; 0 lets the kernel choose", 0, 65535),
 }
+# Each may stand in [recovery], for all devices, and in a [[device]], for that one. Their names are
+# those of Policy's fields.
 RECOVERY = {
-    "attempts_max": Key(int, 5, "failed attempts within window_s until giving up", 1, 100),
-    "window_s": Key(float, 60.0, "seconds for which a failed attempt counts", 1, 86400),
-    "backoff_base_s": Key(float, 0.2, "seconds before the second attempt; doubles", 0.001, 3600),
-    "backoff_max_s": Key(float, 10.0, "the longest such pause", 0.001, 3600),
-    "ready_timeout_s": Key(float, 30.0, "seconds for a new server to say READY=1", 0.1, 3600),
-    "drain_timeout_s": Key(float, 90.0, "seconds for the kernel to let go of a server", 1, 3600),
-    "start_timeout_s": Key(float, 60.0, "seconds of EBUSY from START_USER_RECOVERY", 0.1, 3600),
-    "attach_timeout_s": Key(float, 15.0, "seconds from a server's line to LIVE", 0.1, 3600),
-    "probation_s": Key(float, 1.0, "seconds that LIVE must hold to be believed", 0, 3600),
+    "grace_s": _key(_DEFAULT.grace_s, "seconds that others have to recover it", 0, _DAY_S),
+    "attempts_max": _key(_DEFAULT.attempts_max, "failed attempts until giving up", 1, 100),
+    "window_s": _key(_DEFAULT.window_s, "seconds for which a failed attempt counts", 1, _DAY_S),
+    "stable_s": _key(_DEFAULT.stable_s, "seconds LIVE that make up for failures", 0, _DAY_S),
+    "backoff_base_s": _key(_DEFAULT.backoff_base_s, "the first pause; doubles", 0.001, 3600),
+    "backoff_max_s": _key(_DEFAULT.backoff_max_s, "the longest such pause", 0.001, 3600),
+    "permanent_exits": _key(
+        _DEFAULT.permanent_exits, "exit codes after which no attempt can help", 1, 255
+    ),
+    "on_exhausted": _key(_DEFAULT.on_exhausted, "what becomes of a device that was given up"),
+    "hold_timeout_s": _key(
+        _DEFAULT.hold_timeout_s,
+        "seconds that I/O may wait until STOP_DEV; 0: for ever",
+        0,
+        30 * _DAY_S,
+    ),
+    "exec_timeout_s": _key(_DEFAULT.exec_timeout_s, "seconds for on_exhausted_command", 0.1, 3600),
+    "decisions_max": _key(
+        _DEFAULT.decisions_max, "how often on_exhausted_command may ask for more attempts", 1, 100
+    ),
+    "ready_timeout_s": _key(
+        _DEFAULT.ready_timeout_s, "seconds for a new server to say READY=1", 0.1, 3600
+    ),
+    "drain_timeout_s": _key(
+        _DEFAULT.drain_timeout_s, "seconds for the kernel to let go of a server", 1, 3600
+    ),
+    "start_timeout_s": _key(
+        _DEFAULT.start_timeout_s, "seconds of EBUSY from START_USER_RECOVERY", 0.1, 3600
+    ),
+    "attach_timeout_s": _key(
+        _DEFAULT.attach_timeout_s, "seconds from a server's line to LIVE", 0.1, 3600
+    ),
+    "probation_s": _key(
+        _DEFAULT.probation_s, "seconds that LIVE must hold to be believed", 0, 3600
+    ),
 }
 DEVICE = {
     "dev_id": Key(int, None, "N of /dev/ublkbN", 0, (1 << 20) - 1),
-    "command": Key(list, None, "argv that starts a server by the attach contract"),
+    "command": Key(list, None, "argv that starts a server by the attach contract, or recovers it"),
+    "handoff": _key(_DEFAULT.handoff, "who sends the recovery commands"),
+    "attach": _key(_DEFAULT.attach, "when a managed server attaches"),
+    "on_exhausted_command": Key(list, [], "argv that decides about a device that was given up"),
 }
 
 
@@ -68,8 +119,8 @@ class Config:
     state_dir: Path
     poll_interval_s: float
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    recovery: Mapping[str, float] = field(default_factory=dict)
-    commands: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    policy: Policy = _DEFAULT  # of a device that has no care; the generation is the kernel's to say
+    cares: Mapping[int, Care] = field(default_factory=dict)  # by dev_id
 
 
 def load(path: Path | None = None) -> Config:
@@ -104,30 +155,64 @@ def parse(content: bytes, name: str) -> Config:
         state_dir=_absolute(values["state_dir"], name, "state_dir"),
         poll_interval_s=values["poll_interval_s"],
         metrics=_check(document.get("metrics", {}), METRICS, name, "metrics."),
-        recovery=_check(document.get("recovery", {}), RECOVERY, name, "recovery."),
-        commands=_devices(document.get("device", []), name),
+        policy=_policy(_check(document.get("recovery", {}), RECOVERY, name, "recovery.")),
+        cares=_devices(document.get("device", []), document.get("recovery", {}), name),
     )
 
 
-def _devices(tables: list[Any], name: str) -> dict[int, tuple[str, ...]]:
-    commands: dict[int, tuple[str, ...]] = {}
+def _devices(tables: list[Any], shared: dict[str, Any], name: str) -> dict[int, Care]:
+    """Check each device; ``shared`` is what holds for all of them where they do not differ."""
+    cares: dict[int, Care] = {}
     for number, table in enumerate(tables, 1):
         where = f"device[{number}]."
         if not isinstance(table, dict):
             raise ConfigError(f"{name}: {where[:-1]}: must be a table, written [[device]]")
-        values = _check(table, DEVICE, name, where)
-        command = values["command"]
-        if not command or not all(isinstance(word, str) and word for word in command):
-            raise ConfigError(f"{name}: {where}command: must be a list of words (no shell)")
-        if not command[0].startswith("/"):
+        if table.get("handoff") == Handoff.DELEGATED.value:
+            shared_here = {"attach_timeout_s": DELEGATED_ATTACH_TIMEOUT_S, **shared}
+        else:
+            shared_here = shared
+        values = _check(shared_here | table, DEVICE | RECOVERY, name, where)
+        policy = _policy({key: value for key, value in values.items() if key in _POLICY_KEYS})
+        if policy.handoff is Handoff.DELEGATED and "attach" in table:
             raise ConfigError(
-                f"{name}: {where}command: {command[0]!r} must be an absolute path: "
-                "what root runs does not depend on a PATH"
+                f'{name}: {where}attach: says nothing with handoff = "delegated"; remove it'
             )
-        if values["dev_id"] in commands:
+        if values["dev_id"] in cares:
             raise ConfigError(f"{name}: {where}dev_id: {values['dev_id']} is given twice")
-        commands[values["dev_id"]] = tuple(command)
-    return commands
+        command = _argv(values["command"], name, f"{where}command")
+        decider = _decider(values["on_exhausted_command"], policy, name, where)
+        cares[values["dev_id"]] = Care(command, policy, decider)
+    return cares
+
+
+_POLICY_KEYS = RECOVERY.keys() | {"handoff", "attach"}
+
+
+def _policy(values: dict[str, Any]) -> Policy:
+    """Make a policy of checked values, each as the field's own kind."""
+    kinds = {key: type(getattr(_DEFAULT, key)) for key in values}
+    return Policy(**{key: kinds[key](value) for key, value in values.items()})
+
+
+def _decider(value: list[Any], policy: Policy, name: str, where: str) -> tuple[str, ...]:
+    wanted = policy.on_exhausted is Exhausted.EXEC
+    where += "on_exhausted_command"
+    if wanted and not value:
+        raise ConfigError(f'{name}: {where}: is missing; on_exhausted = "exec" needs it')
+    if value and not wanted:
+        raise ConfigError(f'{name}: {where}: is never run without on_exhausted = "exec"')
+    return _argv(value, name, where) if value else ()
+
+
+def _argv(command: list[Any], name: str, where: str) -> tuple[str, ...]:
+    if not command or not all(isinstance(word, str) and word for word in command):
+        raise ConfigError(f"{name}: {where}: must be a list of words (no shell)")
+    if not command[0].startswith("/"):
+        raise ConfigError(
+            f"{name}: {where}: {command[0]!r} must be an absolute path: "
+            "what root runs does not depend on a PATH"
+        )
+    return tuple(command)
 
 
 def _check(
@@ -147,8 +232,16 @@ def _value(table: dict[str, Any], key: str, declared: Key, where: str) -> Any:
     whole = declared.type is float and type(value) is int
     if type(value) is not declared.type and not whole:
         raise ConfigError(f"{where}: must be a {declared.type.__name__}, not {value!r}")
-    if isinstance(value, int | float) and not declared.low <= value <= declared.high:
-        raise ConfigError(f"{where}: {value} is not between {declared.low:g} and {declared.high:g}")
+    if declared.choices and value not in declared.choices:
+        words = " or ".join(f'"{word}"' for word in declared.choices)
+        raise ConfigError(f"{where}: must be {words}, not {value!r}")
+    ranged = isinstance(value, int | float) or declared.high < float("inf")
+    for number in (value if isinstance(value, list) else [value]) if ranged else ():
+        if isinstance(value, list) and type(number) is not int:
+            raise ConfigError(f"{where}: must be a list of whole numbers, not {value!r}")
+        if not declared.low <= number <= declared.high:
+            bounds = f"{declared.low:g} and {declared.high:g}"
+            raise ConfigError(f"{where}: {number} is not between {bounds}")
     return float(value) if whole else value
 
 

@@ -8,20 +8,22 @@ import errno
 import json
 import logging
 import os
+import random
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ublkwatch import discover, log, server, status
+from ublkwatch import admin, discover, log, server, status
 from ublkwatch.async_ring import AsyncRing
 from ublkwatch.config import Config
 from ublkwatch.ctrl import CtrlError, UblkCtrl
 from ublkwatch.ctrl_worker import Workers
-from ublkwatch.events import Transition
+from ublkwatch.events import Asked, Transition
 from ublkwatch.launch import Launcher, start_worker
 from ublkwatch.metrics import Metrics, Page
-from ublkwatch.model import Care, Generation, Phase, Policy, ServerId
+from ublkwatch.model import Care, Generation, Phase, ServerId
 from ublkwatch.monitor import Monitor
 from ublkwatch.perform import Edges
 from ublkwatch.store import Store
@@ -42,6 +44,50 @@ class UnavailableError(Exception):
         """``permission``: it is there, but not for us."""
         super().__init__(message)
         self.permission = permission
+
+
+@dataclass
+class Desk:
+    """Where operators' orders come in: each one is handed on, logged and remembered."""
+
+    monitor: Monitor
+    remember: Callable[[dict[str, Any]], None]
+    clock: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
+
+    async def take(self, request: admin.Request, peer: admin.Peer) -> str:
+        """Return why an order is refused, or "" once the machine has taken it."""
+        until = self.clock() + request.for_s if request.for_s is not None else None
+        by = peer.saying(request.reason)
+        taken = "interrupted, and it may be taken yet"
+        try:
+            refusal = await self.monitor.order(request.dev_id, Asked(request.order, by, until))
+            taken = f"refused: {refusal}" if refusal else "taken"
+            return refusal
+        finally:
+            self._note(request, peer, taken)
+
+    def _note(self, request: admin.Request, peer: admin.Peer, taken: str) -> None:
+        order, dev_id = request.order.value, request.dev_id
+        for_s = "" if request.for_s is None else f" for {request.for_s:g} s"
+        exe = f" ({peer.exe})" if peer.exe else ""
+        why = f", because of {request.reason!r}" if request.reason else ""
+        _log.warning("ublk %d: %s%s, asked by %s%s%s: %s",
+                     dev_id, order, for_s, peer, exe, why, taken)  # fmt: skip
+        self.remember(
+            {
+                "kind": "order",
+                "dev_id": dev_id,
+                "at": self.wall(),
+                "order": order,
+                "for_s": request.for_s,
+                "reason": request.reason,
+                "uid": peer.uid,
+                "pid": peer.pid,
+                "exe": peer.exe,
+                "result": taken,
+            }
+        )
 
 
 class Daemon:
@@ -90,26 +136,31 @@ class Daemon:
             publish=self._publish,
             clock=time.monotonic,
             wall=time.time,
+            chance=random.random,
         )
-        policy = Policy(generation=Generation.of(features), **self._settings.recovery)  # type: ignore[arg-type]
-        commands = self._settings.commands.items()
+        self._generation = Generation.of(features)
+        settings = self._settings
         self._monitor = Monitor(
             self._wrap(edges),
-            policy,
-            {dev_id: Care(command, policy) for dev_id, command in commands},
+            replace(settings.policy, generation=self._generation),
+            {dev_id: _under(care, self._generation) for dev_id, care in settings.cares.items()},
             self._store.load_records(),
             self._store.load_specs(),
         )
         self._metrics = Metrics(self._monitor.records, lambda: workers.retired)
         page = Page(self._metrics)
+        desk = Desk(self._monitor, self._remember)
+        door = admin.Admin(self._settings.runtime_dir, desk.take)
         try:
             await _prepare(workers)
             port = await self._serve_metrics(page)
-            rules = Generation.of(features).name
+            await self._serve_orders(door)
+            rules = self._generation.name
             where = f", metrics on port {port}" if port else ""
             _log.info("watching; driver features 0x%x, rules %s%s", features or 0, rules, where)
             await self._run_tasks(stop)
         finally:
+            door.close()
             page.close()
             servers.close()
             launcher.close()
@@ -150,10 +201,15 @@ class Daemon:
         before, after = transition.before.phase, transition.after.phase
         gave_up = after is Phase.FAILED and before is not Phase.FAILED
         if gave_up or (before, after) == (Phase.PROBATION, Phase.WATCHING):
-            try:
-                self._history.put_nowait(_history_entry(transition))
-            except asyncio.QueueFull:
-                self._dropped += 1
+            self._remember(_history_entry(transition))
+
+    def _remember(self, entry: dict[str, Any]) -> None:
+        """Have the history keep an entry; what happened is worth a status document, too."""
+        self._dirty.set()
+        try:
+            self._history.put_nowait(entry)
+        except asyncio.QueueFull:
+            self._dropped += 1
 
     # --- subscribers with a pace of their own ----------------------------------------------------
 
@@ -166,6 +222,7 @@ class Daemon:
                 wall=time.time(),
                 now=time.monotonic(),
                 pid=os.getpid(),
+                generation=self._generation,
             )
             try:
                 await asyncio.to_thread(self._store.write_status, json.dumps(document))
@@ -213,6 +270,18 @@ class Daemon:
                 "metrics.port, or set metrics.enabled = false"
             ) from error
 
+    async def _serve_orders(self, door: admin.Admin) -> None:
+        try:
+            await door.start()
+        except OSError as error:
+            path = self._settings.runtime_dir / admin.NAME
+            raise UnavailableError(f"{path}: {error}; choose another runtime_dir") from error
+
+
+def _under(care: Care, generation: Generation) -> Care:
+    """Let a device's policy know the kernel's kind."""
+    return replace(care, policy=replace(care.policy, generation=generation))
+
 
 def _open_ring() -> AsyncRing:
     try:
@@ -254,6 +323,7 @@ def _history_entry(transition: Transition) -> dict[str, Any]:
     record = transition.after
     lost = record.marks[0][1] if record.marks else transition.now
     return {
+        "kind": "recovery",
         "dev_id": record.dev_id,
         "instance": record.instance,
         "at": transition.wall,

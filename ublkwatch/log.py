@@ -10,7 +10,10 @@ from ublkwatch.events import Effect, Transition
 from ublkwatch.model import Phase
 
 _LINES_MAX = 10_000
-_EXPLAINED = (Phase.OBSERVED, Phase.STOPPING, Phase.BACKOFF, Phase.FAILED)
+_EXPLAINED = (
+    *(Phase.OBSERVED, Phase.HELD, Phase.STOPPING, Phase.BACKOFF),
+    *(Phase.DECIDING, Phase.FAILING, Phase.FAILED),
+)
 
 
 class Log:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import random
 from collections import deque
 from dataclasses import dataclass, replace
 
@@ -38,6 +37,7 @@ _log = logging.getLogger("ublkwatch")
 _SAVE_RETRY_S = 1.0
 _STALL_S = 2.0  # without a turn of the loop, beyond the poll's interval
 _HOUSEKEEPING_S = 5.0
+_UNKNOWN = "no such device is known"
 _TOLD_ANEW = (InfoRead, InfoMissing, Woken)  # by the next poll, or the timer
 
 
@@ -70,6 +70,7 @@ class Monitor:
         self._timers: dict[int, asyncio.TimerHandle] = {}
         self._unsaved: dict[int, deque[Event]] = {}  # facts that wait for the disk, in their order
         self._performer = Performer(edges, cares, specs, self)
+        self._waiting: dict[int, asyncio.Future[str]] = {}  # for an order to be taken, by its id()
         self._shutting_down = False
         self._look = asyncio.Event()
         self._interval_s = 0.0
@@ -91,17 +92,28 @@ class Monitor:
             has_spec=care is not None,
             seen_live=bool(spec and record and spec.instance == record.instance),
             shutting_down=self._shutting_down,
-            chance=random.random(),  # noqa: S311 - jitter, no secret
+            chance=self._edges.chance(),
         )
 
     def ask(self, dev_id: int, asked: Asked) -> str:
         """Take an operator's order; return why it is refused, or "" when it is taken up."""
         record = self._records.get(dev_id)
         if record is None:
-            return "no such device is known"
+            return _UNKNOWN
         if not (refusal := orders.objection(record, asked.order, self.policy(dev_id))):
             self.post(dev_id, asked)
         return refusal
+
+    async def order(self, dev_id: int, asked: Asked) -> str:
+        """Take an order as ask() does, and return once the machine has: facts are faster."""
+        if refusal := self.ask(dev_id, asked):
+            return refusal
+        taken = asyncio.get_running_loop().create_future()
+        self._waiting[id(asked)] = taken
+        try:
+            return str(await taken)
+        finally:
+            del self._waiting[id(asked)]
 
     def look(self) -> None:
         """Look at all devices now, and not only when the next poll is due."""
@@ -154,12 +166,13 @@ class Monitor:
         """Step one event: decide, commit, perform, publish."""
         before = self._records.get(dev_id)
         if before is None:
+            self._taken(event, _UNKNOWN)
             return
         now = self._edges.clock()
         self._notice_stall(now)
-        before = self._records[dev_id]
+        before, policy = self._records[dev_id], self.policy(dev_id)
         try:
-            after, effects = recovery.step(before, event, now, self.policy(dev_id))
+            after, effects = recovery.step(before, event, now, policy)
             if not self._commit(before, after, dev_id):
                 self._put_off(dev_id, event)
                 return
@@ -172,7 +185,10 @@ class Monitor:
                     self._performer.perform(after, effect)
         except Exception as error:  # noqa: BLE001 - a bug harms this device only
             self.quarantine(dev_id, error)
+            self._taken(event, "a bug in ublkwatch: its log has the details")
             return
+        if isinstance(event, Asked):
+            self._taken(event, orders.objection(before, event.order, policy))
         if (before.phase, before.reason, before.seq) != (after.phase, after.reason, after.seq):
             name = type(event).__name__
             self._edges.publish(Transition(self._edges.wall(), now, before, after, name, effects))
@@ -180,6 +196,11 @@ class Monitor:
             self._performer.spawn(dev_id, self._performer.learn_early(after))
         if before.phase is Phase.WATCHING and after.phase is not Phase.WATCHING:
             self._performer.spawn(dev_id, self._notice_shutdown())
+
+    def _taken(self, event: Event, refusal: str) -> None:
+        waiting = self._waiting.get(id(event))
+        if waiting is not None and not waiting.done():
+            waiting.set_result(refusal)
 
     async def _notice_shutdown(self) -> None:
         """Ask whether the host shuts down: only then a server's end is no crash.

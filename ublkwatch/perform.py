@@ -115,6 +115,7 @@ class Edges:
     publish: Callable[[Transition], None]
     clock: Callable[[], float]
     wall: Callable[[], float]
+    chance: Callable[[], float]
 
 
 class Caller(Protocol):

@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ublkwatch.model import Phase, Policy, Record, RecoveryMode
-from ublkwatch.uapi import DevState
+from ublkwatch.model import DevInfo, Generation, Phase, Policy, Reason, Record, RecoveryMode
+from ublkwatch.uapi import DevFlags, DevState
 
 SCHEMA_VERSION = 1
 
@@ -37,10 +37,16 @@ def state_name(state: DevState | int) -> str:
     return state.name if isinstance(state, DevState) else f"state {state}"
 
 
-def document(
-    records: Iterable[Record], policy: Callable[[int], Policy], *, wall: float, now: float, pid: int
+def document(  # noqa: PLR0913 - each by its name
+    records: Iterable[Record],
+    policy: Callable[[int], Policy],
+    *,
+    wall: float,
+    now: float,
+    pid: int,
+    generation: Generation = Generation.UNKNOWN,
 ) -> dict[str, Any]:
-    """Return the status document of this moment."""
+    """Return the status document of this moment; ``generation`` is the driver's."""
     devices = [
         _device(record, policy(record.dev_id), wall - now)
         for record in sorted(records, key=lambda record: record.dev_id)
@@ -49,6 +55,7 @@ def document(
         "schema_version": SCHEMA_VERSION,
         "written_at": wall,
         "supervisor_pid": pid,
+        "generation": generation.name,
         "devices": devices,
     }
 
@@ -63,6 +70,7 @@ def _device(record: Record, policy: Policy, offset: float) -> dict[str, Any]:
         "state": state_name(info.state) if info else None,
         "phase": record.phase.value,
         "reason": record.reason.name if record.reason else None,
+        "detail": record.detail or None,
         "explanation": explanation(record),
         "since": record.since + offset,
         "next_at": record.wake + offset if record.phase is Phase.BACKOFF and record.wake else None,
@@ -79,20 +87,53 @@ def _device(record: Record, policy: Policy, offset: float) -> dict[str, Any]:
         "timeline": [[name, at - record.marks[0][1]] for name, at in record.marks],
         "attempts": record.attempts,
         "attempts_left": max(0, policy.attempts_max - len(recent)),
+        "held": record.held,
+        "held_until": None if record.held_until is None else record.held_until + offset,
+        "held_by": record.held_by or None,
+        "give_up_at": None if record.give_up_at is None else record.give_up_at + offset,
+        "stopped": record.stopped,
     }
+
+
+def info_from(device: dict[str, Any]) -> DevInfo | None:
+    """Return what a device of the document says of GET_DEV_INFO's answer, as far as it does."""
+    if device["state"] is None or device["flags"] is None:
+        return None
+    states: dict[str, DevState] = {state.name: state for state in DevState}
+    number = device["state"].removeprefix("state ")
+    return DevInfo(
+        dev_id=device["dev_id"],
+        state=states[number] if number in states else int(number),
+        flags=DevFlags(device["flags"]),
+        nr_hw_queues=device["queues"],
+        queue_depth=device["depth"],
+        max_io_buf_bytes=0,
+        ublksrv_pid=device["server_pid"] or -1,
+    )
 
 
 def explanation(record: Record) -> str:
     """Say in one line why the device is not simply watched; empty when it is."""
-    detail = f" ({record.detail})" if record.detail else ""
-    if record.phase is Phase.DRAINING and record.ready:
-        waits = "the new server is ready; waiting for the kernel to let go of the old one"
-        return f"{waits}: {record.holders}" if record.holders else waits
-    if record.phase is Phase.STARTING and record.holders:
-        return f"START_USER_RECOVERY is sent again while EBUSY: {record.holders}"
-    if record.reason and record.phase is not Phase.WATCHING:
-        return f"{record.reason.value}{detail}"
-    return ""
+    why = record.reason.value if record.reason else ""
+    why += f" ({record.detail})" if record.detail else ""
+    match record.phase:
+        case Phase.DRAINING if record.ready:
+            waits = "the new server is ready; waiting for the kernel to let go of the old one"
+            why = f"{waits}: {record.holders}" if record.holders else waits
+        case Phase.STARTING if record.holders:
+            why = f"START_USER_RECOVERY is sent again while EBUSY: {record.holders}"
+        case Phase.WATCHING:
+            why = ""
+        case Phase.DECIDING:
+            why = f"given up, on_exhausted_command decides: {why}"
+        case Phase.FAILING:
+            why = f"given up, STOP_DEV ends the I/O that waits: {why}"
+        case Phase.FAILED if record.stopped:
+            why = f"given up and stopped, what waited ended in errors: {why}"
+    if record.held and record.reason is not Reason.HELD:
+        held = f"held by {record.held_by or 'an operator'}"
+        why = f"{why}; {held}" if why else f"{held}: a crash is not recovered"
+    return why
 
 
 _COLUMNS = ("DEVICE", "STATE", "PHASE", "SERVER", "QUEUES", "I/O ON A CRASH", "RECOVERIES", "HELD")

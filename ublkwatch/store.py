@@ -22,6 +22,7 @@ from ublkwatch.model import Armed, Phase, QueueConfig, Reason, Record, ServerId,
 
 _VERSION = 1
 _HISTORY_MAX = 10_000
+_GARBAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading it raises
 _log = logging.getLogger("ublkwatch")
 
 
@@ -93,7 +94,7 @@ class Store:
         return {spec.dev_id: spec for spec in self._load(self._specs, _decode_spec)}
 
     def add_history(self, entry: dict[str, Any]) -> None:
-        """Append one recovery to the history, which forgets its oldest; slow, for a thread."""
+        """Append an entry, of a "kind", to the history, which forgets its oldest; for a thread."""
         with contextlib.closing(sqlite3.connect(self._history, timeout=10)) as db, db:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute(
@@ -107,14 +108,15 @@ class Store:
             oldest = (cursor.lastrowid or 0) - _HISTORY_MAX
             db.execute("DELETE FROM recoveries WHERE id <= ?", (oldest,))
 
-    def load_history(self) -> list[dict[str, Any]]:
-        """Return the recoveries, oldest first."""
+    def load_history(self, kind: str = "recovery") -> list[dict[str, Any]]:
+        """Return the entries of a kind ("recovery" or "order"), oldest first."""
         if not self._history.exists():
             return []
         with contextlib.closing(sqlite3.connect(self._history, timeout=10)) as db:
-            return [
-                json.loads(row[0]) for row in db.execute("SELECT entry FROM recoveries ORDER BY id")
-            ]
+            rows = db.execute("SELECT entry FROM recoveries ORDER BY id").fetchall()
+        entries = [json.loads(row[0]) for row in rows]
+        # There were recoveries before there were kinds.
+        return [entry for entry in entries if entry.get("kind", "recovery") == kind]
 
     def write_status(self, document: str) -> None:
         """Replace the status document, which everybody may read."""
@@ -125,10 +127,29 @@ class Store:
             try:
                 content = json.loads(path.read_text())
                 yield decode(content, content.pop("version"))
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except _GARBAGE as error:
                 aside = path.with_suffix(".bad")
                 path.replace(aside)
                 _log.error("%s cannot be understood (%r); set aside as %s", path, error, aside)
+
+
+def read_record(runtime_dir: Path, dev_id: int) -> Record | None:
+    """Return a device's record as it was last saved, or None; for who only wants to look.
+
+    It takes no lock, and leaves what it cannot understand alone: StoreError, which names it.
+    PermissionError where the records are not for us.
+    """
+    path = runtime_dir / "records" / f"{dev_id}.json"
+    try:
+        content = json.loads(path.read_text())
+        record: Record = _decode_record(content, content.pop("version"))
+    except FileNotFoundError:
+        return None
+    except PermissionError:
+        raise
+    except _GARBAGE as error:
+        raise StoreError(f"{path} cannot be understood ({error!r})") from error
+    return record
 
 
 def replace_file(path: Path, content: str, mode: int = 0o600) -> None:

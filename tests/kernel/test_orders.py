@@ -1,0 +1,135 @@
+"""Operators over the real driver: they hold, release and retry; and what giving up means."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from conftest import DEADLINE_S, wait_until
+from supervisor import Supervisor, tagged
+from test_modes import Disk
+
+from ublkwatch import cli
+from ublkwatch.uapi import DevState
+
+if TYPE_CHECKING:
+    from conftest import Control, Load, Servers
+
+    Watch = Callable[..., Supervisor]
+
+
+def failing(server: Servers, tmp_path: Path, fault: str, times: int) -> list[str]:
+    """Return the command of a server that fails so many times, and is a good one then."""
+    path = tmp_path / "faults"
+    path.write_text(f"{fault}\n" * times)
+    return [*server.target("null"), "--fault-file", str(path)]
+
+
+def ublkwatch(supervisor: Supervisor, *arguments: str) -> int:
+    return cli.main([*arguments, "--config", str(supervisor.config)])
+
+
+@pytest.mark.usefixtures("no_block_errors")
+def test_a_held_device_waits_until_it_is_released_and_loses_nothing(
+    server: Servers,
+    watch: Watch,
+    fio: Load,
+    control: Control,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server()
+    supervisor = watch({0: "null"})
+    supervisor.watching()
+    reader = fio(rw="randread", verify=0, time_based=1, runtime=3600)
+    reader.wait_progress()
+    assert ublkwatch(supervisor, "hold", "/dev/ublkb0", "--reason", "new disk") == cli.EXIT_OK
+    supervisor.until("the hold shows", held=True)
+    before = supervisor.kill_server()
+    shown = supervisor.until("held", phase="held", state="QUIESCED")
+    assert shown["held_by"].startswith("uid 0 (root), pid ")
+    assert shown["held_by"].endswith(": new disk")
+    with Disk() as disk:
+        read = disk.read()
+        wait_until(read.waits, DEADLINE_S, "the read waits")
+        capsys.readouterr()
+        assert ublkwatch(supervisor, "explain", "0") == cli.EXIT_OK
+        told = capsys.readouterr().out
+        assert f"Held:    by {shown['held_by']}, until it is released" in told
+        assert "Next:    nothing: it waits for `ublkwatch release 0`" in told
+        assert not read.done
+        assert tagged() == set()
+        assert control.info(0).state == DevState.QUIESCED
+        assert ublkwatch(supervisor, "release", "ublkb0") == cli.EXIT_OK
+        supervisor.recovered(before)
+        assert read.outcome() == 0
+    reader.wait_progress()
+    reader.interrupt()
+    reader.report()
+    assert ublkwatch(supervisor, "retry", "0") == cli.EXIT_REFUSED
+    assert "release, asked by uid 0 (root), pid " in supervisor.said()
+
+
+@pytest.mark.usefixtures("no_block_errors")
+def test_a_device_that_was_given_up_comes_back_when_the_cause_is_mended_and_it_is_asked_for(
+    server: Servers, watch: Watch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server()
+    command = failing(server, tmp_path, "exit-at-start", 2)
+    supervisor = watch({0: command}, "attempts_max = 2\nbackoff_base_s = 0.01")
+    before = supervisor.watching()
+    with Disk() as disk:
+        supervisor.kill_server()
+        failed = supervisor.until("given up", phase="failed", state="QUIESCED")
+        assert failed["reason"] == "DIED_BEFORE_READY"
+        read = disk.read()
+        wait_until(read.waits, DEADLINE_S, "the read waits")
+        assert ublkwatch(supervisor, "explain", "0") == cli.EXIT_OK
+        assert "nothing by itself: it waits for `ublkwatch retry 0`" in capsys.readouterr().out
+        assert ublkwatch(supervisor, "retry", "0") == cli.EXIT_OK
+        supervisor.recovered(before)
+        assert read.outcome() == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "policy", "reason"),
+    [
+        ("exit-at-start", "attempts_max = 1\non_exhausted = 'fail'", "DIED_BEFORE_READY"),
+        ("hang-at-start", "ready_timeout_s = 120\nhold_timeout_s = 3", "HOLD_TIMEOUT"),
+    ],
+    ids=["on_exhausted", "hold_timeout"],
+)
+def test_io_that_waits_ends_in_errors_where_the_operator_chose_so(
+    *,
+    server: Servers,
+    watch: Watch,
+    control: Control,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    fault: str,
+    policy: str,
+    reason: str,
+) -> None:
+    server()
+    supervisor = watch({0: failing(server, tmp_path, fault, 9)}, policy)
+    supervisor.watching()
+    with Disk() as disk:
+        supervisor.kill_server()
+        read = disk.read()
+        assert read.outcome() == errno.EIO
+    failed = supervisor.until("stopped", phase="failed", state="DEAD", stopped=True)
+    assert failed["reason"] == reason
+    assert failed["explanation"].startswith("given up and stopped, what waited ended in errors: ")
+    wait_until(lambda: not Path("/dev/ublkb0").exists(), DEADLINE_S, "the disk is gone")
+    assert control.info(0).state == DevState.DEAD
+    assert tagged() == set()
+    assert ublkwatch(supervisor, "explain", "0") == cli.EXIT_OK
+    told = capsys.readouterr().out
+    assert "all of it has ended in errors; the disk is removed" in told
+    assert f"docs/recovery.md, {reason}" in told
+    assert ublkwatch(supervisor, "retry", "0") == cli.EXIT_REFUSED
+    assert "it was stopped; create it again by its own program" in capsys.readouterr().err
+    control.remove(0)
+    supervisor.until_gone()

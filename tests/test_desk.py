@@ -1,0 +1,357 @@
+"""An order's whole way: command line, socket, machine; over the monitor's small world."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from patience import until
+from test_monitor import World, phase
+
+from ublkwatch import cli, status
+from ublkwatch.admin import Admin
+from ublkwatch.daemon import Desk
+from ublkwatch.events import Asked
+from ublkwatch.model import Exhausted, Generation, Order, Phase, Reason, Record
+from ublkwatch.store import Store
+from ublkwatch.uapi import DevState
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+class Place(World):
+    """The monitor's world, with real directories, a real socket and a real command line."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__()
+        self.runtime_dir = home / "run"
+        self.config = home / "ublkwatch.toml"
+        self.config.write_text(
+            f'runtime_dir = "{home}/run"\nstate_dir = "{home}/state"\n'
+            '[[device]]\ndev_id = 0\ncommand = ["/bin/server"]\n'
+        )
+        self.store = Store(home / "run", home / "state")
+        self.history: list[dict[str, Any]] = []
+        self.failing_starts = 0
+
+    def save_record(self, record: Record) -> None:
+        super().save_record(record)
+        self.store.save_record(replace(record, instance=f"{BOOT_ID}/1"))
+
+    async def start(self, tag: str, command: tuple[str, ...]) -> int:
+        if self.failing_starts:
+            self.failing_starts -= 1
+            raise OSError(2, "No such file or directory", command[0])
+        return await super().start(tag, command)
+
+    def show(self) -> dict[str, Any]:
+        """Write the status document, and return what it says of the device."""
+        document = status.document(
+            self.seen.records(),
+            self.seen.policy,
+            wall=time.time(),
+            now=time.monotonic(),
+            pid=1,
+            generation=Generation.G3,
+        )
+        self.store.write_status(json.dumps(document))
+        found: dict[str, Any] = document["devices"][0]
+        return found
+
+    async def run(self, *arguments: str) -> int:
+        """Call the command line as `ublkwatch ...` does, in a thread of its own."""
+        return await asyncio.to_thread(cli.main, [*arguments, "--config", str(self.config)])
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path)
+    yield place
+    with contextlib.suppress(OSError):
+        place.store.close()
+
+
+def play(place: Place, story: Callable[[], Awaitable[None]], **policy: Any) -> None:
+    """Run monitor and socket while the story is told."""
+
+    async def run() -> None:
+        monitor = place.monitor(**policy)
+        door = Admin(place.runtime_dir, Desk(monitor, place.history.append).take)
+        await door.start()
+        task = asyncio.create_task(monitor.run(0.05))
+        try:
+            await phase(place, Phase.WATCHING)
+            await story()
+        finally:
+            door.close()
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    asyncio.run(run())
+
+
+# --- orders --------------------------------------------------------------------------------------
+
+
+def test_a_held_device_waits_and_a_released_one_is_recovered(
+    place: Place, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ublkwatch")
+
+    async def story() -> None:
+        assert await place.run("hold", "/dev/ublkb0", "--reason", "new disk") == cli.EXIT_OK
+        told = place.show()
+        assert told["held"] is True
+        assert told["held_until"] is None
+        me = f"uid {os.geteuid()}" + (" (root)" if os.geteuid() == 0 else "")
+        assert told["held_by"] == f"{me}, pid {os.getpid()}: new disk"
+        place.crash()
+        record = await phase(place, Phase.HELD)
+        assert record.reason is Reason.HELD
+        looks = place.seen.polls
+        await until(lambda: place.seen.polls > looks + 3, "it looks on")
+        assert "spawn 0-1-1" not in place.diary
+        assert await place.run("release", "ublkb0") == cli.EXIT_OK
+        assert (await phase(place, Phase.WATCHING)).recoveries == 1
+
+    play(place, story)
+    assert capsys.readouterr().out == "hold ublkb0: done\nrelease ublkb0: done\n"
+    assert [(e["kind"], e["order"], e["result"]) for e in place.history] == [
+        ("order", "hold", "taken"),
+        ("order", "release", "taken"),
+    ]
+    assert place.history[0]["reason"] == "new disk"
+    assert place.history[0]["uid"] == os.geteuid()
+    assert f"ublk 0: hold, asked by uid {os.geteuid()}" in caplog.text
+
+
+def test_a_hold_for_a_time_ends_by_itself(place: Place) -> None:
+    async def story() -> None:
+        began = time.monotonic()
+        assert await place.run("hold", "0", "--for", "0.3s") == cli.EXIT_OK
+        place.crash()
+        await phase(place, Phase.HELD)
+        record = await phase(place, Phase.WATCHING)
+        assert time.monotonic() - began >= 0.3
+        assert (record.recoveries, record.held) == (1, False)
+
+    play(place, story)
+
+
+def test_a_device_that_was_given_up_is_tried_again_when_asked(place: Place) -> None:
+    async def story() -> None:
+        place.failing_starts = 2
+        place.crash()
+        record = await phase(place, Phase.FAILED)
+        assert record.reason is Reason.SPAWN_FAILED
+        assert await place.run("retry", "0") == cli.EXIT_OK
+        assert (await phase(place, Phase.WATCHING)).recoveries == 1
+
+    play(place, story, attempts_max=2, backoff_base_s=0.01)
+
+
+def test_a_device_that_was_lost_before_we_came_is_recovered_when_asked(place: Place) -> None:
+    async def story() -> None:
+        place.crash()
+        await phase(place, Phase.GRACE)
+        assert await place.run("recover", "ublkc0") == cli.EXIT_OK
+        await phase(place, Phase.WATCHING)
+        assert await place.run("forget", "0", "--reason", "mine") == cli.EXIT_OK
+        record = await phase(place, Phase.OBSERVED)
+        assert record.reason is Reason.FORGOTTEN
+        assert record.detail.endswith(": mine")
+
+    play(place, story, grace_s=3600)
+
+
+def test_a_refusal_has_words_a_code_and_a_way_out(
+    place: Place, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def story() -> None:
+        assert await place.run("retry", "0") == cli.EXIT_REFUSED
+        assert await place.run("hold", "9") == cli.EXIT_REFUSED
+
+    play(place, story)
+    assert capsys.readouterr().err == (
+        "ublkwatch: retry ublkb0: refused: it was not given up: it is watching; "
+        "`ublkwatch explain 0` says what can be done\n"
+        "ublkwatch: hold ublkb9: refused: no such device is known; "
+        "`ublkwatch explain 9` says what can be done\n"
+    )
+    refused = "refused: it was not given up: it is watching"
+    assert [entry["result"] for entry in place.history] == [
+        refused,
+        "refused: no such device is known",
+    ]
+    assert refused in caplog.text
+
+
+def test_an_order_is_done_when_it_is_recorded_and_not_before(place: Place) -> None:
+    async def story() -> None:
+        place.disk_full = True
+        asked = asyncio.create_task(place.seen.order(0, Asked(Order.HOLD, "me")))
+        looks = place.seen.polls
+        await until(lambda: place.seen.polls > looks + 3, "time passes")
+        assert not asked.done()
+        assert not place.seen.records()[0].held
+        place.disk_full = False
+        assert await asked == ""
+        assert place.saved[0].held
+
+    play(place, story)
+
+
+def test_what_the_machine_refuses_at_the_last_moment_is_no_success(place: Place) -> None:
+    async def story() -> None:
+        place.crash()
+        await phase(place, Phase.GRACE)
+        assert place.info
+        place.info = replace(place.info, state=DevState.DEAD)
+        first = asyncio.create_task(place.seen.order(0, Asked(Order.RECOVER)))
+        second = asyncio.create_task(place.seen.order(0, Asked(Order.RECOVER)))
+        assert await first == ""
+        assert await second == "it is draining already"
+        await until(lambda: not place.seen.records(), "the device is gone")
+        assert await place.seen.order(0, Asked(Order.HOLD)) == "no such device is known"
+
+    play(place, story, grace_s=3600)
+
+
+# --- explain -------------------------------------------------------------------------------------
+
+
+def test_explain_says_what_is_and_when_nobody_is_there_to_act(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def story() -> None:
+        assert await place.run("hold", "0", "--for", "2h", "--reason", "new disk") == cli.EXIT_OK
+        place.crash()
+        await phase(place, Phase.HELD)
+        await until(lambda: place.show()["state"] == "QUIESCED", "the state was read")
+        capsys.readouterr()
+        assert await place.run("explain", "0") == cli.EXIT_OK
+
+    play(place, story, on_exhausted=Exhausted.FAIL)
+    told = capsys.readouterr().out
+    assert told.startswith("ublkb0: held, QUIESCED, for ")
+    assert "ublkwatch is running\n" in told
+    assert "new disk, until " in told
+    assert "(in 120 min)" in told
+    assert "ublkwatch release 0 " in told
+    assert "is sent again to the new server" in told
+    place.store.close()
+    code = cli.main(["explain", "0", "--config", str(place.config)])
+    told = capsys.readouterr().out
+    assert code == cli.EXIT_NOT_RUNNING
+    assert "ublkwatch is NOT RUNNING since 20" in told
+    assert "new disk, until " in told
+
+
+def test_explain_knows_what_only_the_status_says(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def story() -> None:
+        assert place.info
+        place.crash()
+        await phase(place, Phase.GRACE)
+        place.seen.quarantine(0, ValueError("odd"))
+        await until(lambda: place.show()["state"] == "QUIESCED", "the state was read")
+        assert await place.run("explain", "0") == cli.EXIT_OK
+
+    play(place, story, grace_s=3600)
+    told = capsys.readouterr().out
+    assert told.startswith("ublkb0: failed, QUIESCED")
+    assert "a bug in ublkwatch; the log has the details (ValueError('odd'))" in told
+    assert "restart ublkwatch" in told
+
+
+def test_explain_of_an_unknown_device_and_of_another_boots_record(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["explain", "5", "--config", str(place.config)]
+    assert cli.main(arguments) == cli.EXIT_REFUSED
+    assert "ublkb5: no such device is known; `ublkwatch status` shows" in capsys.readouterr().err
+    place.store.save_record(Record(dev_id=5, instance="another-boot/1"))
+    assert cli.main(arguments) == cli.EXIT_REFUSED
+    (place.runtime_dir / "records/5.json").write_text("{")
+    assert cli.main(arguments) == cli.EXIT_FAILED
+    assert "records/5.json cannot be understood" in capsys.readouterr().err
+    assert (place.runtime_dir / "records/5.json").exists()
+    place.store.close()
+    place.store.drop_record(5)
+    assert cli.main(arguments) == cli.EXIT_NOT_RUNNING
+    assert "unknown, and ublkwatch is not running" in capsys.readouterr().err
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", [order.value for order in Order])
+def test_without_a_daemon_every_order_says_so(
+    place: Place, verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([verb, "3", "--config", str(place.config)]) == cli.EXIT_NOT_RUNNING
+    assert capsys.readouterr().err == (
+        f"ublkwatch: {verb} ublkb3: ublkwatch is not running; start it, then ask again\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["hold"],
+        ["hold", "sda"],
+        ["hold", "-1"],
+        ["hold", "/dev/sda0"],
+        ["hold", "ublkb"],
+        ["hold", "0", "--for", "30"],
+        ["hold", "0", "--for", "0s"],
+        ["hold", "0", "--for", "31d"],
+        ["hold", "0", "--for", "-5m"],
+        ["retry", "0", "--for", "5m"],
+        ["explain"],
+    ],
+)
+def test_wrong_usage_is_refused_before_anything_is_done(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == cli.EXIT_USAGE
+
+
+def test_a_reason_without_end_is_wrong_usage(place: Place) -> None:
+    arguments = ["hold", "0", "--reason", "x" * 501, "--config", str(place.config)]
+    assert cli.main(arguments) == cli.EXIT_USAGE
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="for root, which can be nobody for a while")
+@pytest.mark.parametrize("verb", ["hold", "explain"])
+def test_who_is_not_root_is_told_so(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        home = Path(name)
+        home.chmod(0o755)
+        place = Place(home)
+
+        async def listen() -> None:
+            door = Admin(place.runtime_dir, Desk(place.monitor(), place.history.append).take)
+            await door.start()
+            os.seteuid(65534)
+            try:
+                assert await place.run(verb, "0") == cli.EXIT_NO_PERMISSION
+            finally:
+                os.seteuid(0)
+                door.close()
+
+        asyncio.run(listen())
+        place.store.close()
+    assert "try sudo" in capsys.readouterr().err
