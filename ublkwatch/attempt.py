@@ -40,6 +40,7 @@ from ublkwatch.verdict import Step, arrive, beyond, enter, half_attached, settle
 ATTEMPTING = frozenset(
     {Phase.DRAINING, Phase.STARTING, Phase.ATTACHING, Phase.STOPPING, Phase.BACKOFF}
 )
+_FAILURES_MAX = 1000  # remembered
 LOOK_AGAIN_S = 1.0  # for the process that a server left behind
 _ENDS_MAX = 8  # how often END is sent for one server, whatever the answers
 
@@ -294,7 +295,7 @@ def fail(record: Record, reason: Reason, detail: str, now: float) -> Step:
     """End the attempt because it failed; what comes next is settled when it is over."""
     if record.phase is Phase.STOPPING:  # the first symptom has been counted
         return record, ()
-    failures = (*record.failures, now)
+    failures = (*record.failures[1 - _FAILURES_MAX :], now)
     return _stop(replace(record, failures=failures, reason=reason, detail=detail), None, now)
 
 

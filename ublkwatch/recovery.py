@@ -137,11 +137,11 @@ def _on_reply(record: Record, event: Event, now: float, policy: Policy) -> Step:
     draining = record.phase is Phase.DRAINING
     spawning = draining or record.phase is Phase.ATTACHING
     match event:
-        case StartReplied():
+        case StartReplied() if record.pending:
             return attempt.start_replied(record, event.error, now, policy)
-        case EndReplied():
+        case EndReplied() if record.pending:
             return attempt.end_replied(record, event.error, now, policy)
-        case StopReplied():
+        case StopReplied() if record.pending:
             return verdict.stop_replied(record, event.error, now, policy)
         case Spawned() if spawning and record.candidate is None:
             record, effects = _on_spawned(replace(record, candidate=event.server), now, policy)

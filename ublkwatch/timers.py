@@ -61,7 +61,7 @@ def _on_wake(  # noqa: C901, PLR0912 - one arm for each phase
                 return verdict.arrive(record, record.then, now)
             # Nothing may be stopped or begun behind it.
             stuck = replace(record, reason=Reason.NO_ANSWER, detail=_what_hangs(record))
-            return verdict.arrive(stuck, Phase.FAILED, now)
+            return verdict.enter(stuck, Phase.FAILED, now, wake=None), ()
         case Phase.STOPPING:  # a process in uninterruptible sleep takes its signal later
             return replace(record, wake=now + 1), (EndAttempt(record.seq),)
         case Phase.DECIDING:

@@ -51,7 +51,7 @@ def enter(record: Record, phase: Phase, now: float, **changes: object) -> Record
 
 def arrive(record: Record, phase: Phase, now: float) -> Step:
     """Go to a phase in which no attempt is under way."""
-    record = enter(record, phase, now, wake=None, then=None)
+    record = enter(record, phase, now, wake=None, then=None, give_up_at=None)
     return record, (ReadInfo(),) if phase is Phase.OBSERVED else ()
 
 
