@@ -18,7 +18,6 @@ from ublkwatch.events import (
     Asked,
     AttemptOver,
     Decided,
-    Effect,
     EndReplied,
     Event,
     HoldersFound,
@@ -68,10 +67,10 @@ _G2 = Policy(
 _G3 = replace(_G2, generation=Generation.G3)
 POLICIES = (
     replace(_G3, grace_s=1, hold_timeout_s=9),
-    replace(_G2, on_exhausted=Exhausted.FAIL),
-    replace(_G3, attach=Attach.START, on_exhausted=Exhausted.EXEC),
-    replace(_G2, attach=Attach.START, on_exhausted=Exhausted.EXEC, hold_timeout_s=9),
-    replace(_G3, handoff=Handoff.DELEGATED, on_exhausted=Exhausted.FAIL),
+    replace(_G2, grace_s=1),
+    replace(_G3, attach=Attach.START),
+    replace(_G2, attach=Attach.START, hold_timeout_s=9),
+    replace(_G3, handoff=Handoff.DELEGATED),
     replace(_G2, handoff=Handoff.DELEGATED, grace_s=1),
     replace(_G3, seen_live=False),
     replace(_G3, has_spec=False),
@@ -112,6 +111,7 @@ def _alphabet(seq: int) -> Iterator[Told]:
             yield Told(ServerExited(server, "unknown" if code is None else "exit", code))
     yield Told(QueueThreadLost(SERVING, "queue 0"))
     yield Told(Spawned(seq, FRESH))
+    yield Told(Spawned(seq - 1, FRESH))
     yield Told(Ready(seq))
     yield Told(SpawnFailed(seq, ""))
     for error in (0, errno.EBUSY, errno.EINVAL, errno.EINTR, errno.ETIMEDOUT, errno.ENODEV):
@@ -193,7 +193,8 @@ def fold(record: Record, now: float) -> Record:
 def kind(record: Record, *, ending: bool) -> tuple[object, ...]:
     """Return what makes records of one kind, of which a few stand for all."""
     state = record.info.state if record.info else None
-    common = (record.phase, record.held or ending, record.overdue, record.lined)
+    hold = (record.held or ending, record.held_until is None, record.overdue)
+    common = (record.phase, hold, record.lined)
     nobody, untried = record.server is None, record.candidate is None
     match record.phase:
         case Phase.OBSERVED | Phase.WATCHING:
@@ -209,8 +210,8 @@ def kind(record: Record, *, ending: bool) -> tuple[object, ...]:
         case Phase.PROBATION:
             return (*common, nobody, record.agreed, bool(record.crippled))
         case Phase.STOPPING:
-            forgotten = record.reason is Reason.FORGOTTEN
-            return (*common, record.then, record.pending, record.over, forgotten)
+            left = (nobody, untried, record.pending, record.over)
+            return (*common, record.then, left, record.reason)
         case Phase.FAILING:
             return (*common, nobody, record.pending, record.over, record.agreed)
     named = record.reason in (Reason.NOT_QUIESCED, Reason.NO_ANSWER)
@@ -224,31 +225,40 @@ def named(event: Event) -> str:
 
 
 def explore(policy: Policy, seen: Seen) -> None:
-    """Find a few records of each kind that can be reached under one policy, and what leads where."""
+    """Find a record of each kind that can be reached under one policy, and what leads where."""
     start = (Record(dev_id=0, instance=INSTANCE), False)
     known, queue = {start}, deque([start])
     kinds: Counter[tuple[object, ...]] = Counter()
-    ended = replace(policy, shutting_down=True)
     while queue:
         record, ending = queue.popleft()
         seen.records += 1
         for told in ALPHABET:
-            event, now = told.event, told.after_s
-            ends = ending or isinstance(event, ShutdownBegun)
-            after, effects = answer(record, event, now, ended if ends else policy)
-            if after == record and not effects:
-                continue
-            seen.changes.add((record.phase, type(event)))
-            if after.phase is not record.phase:
-                seen.edges[record.phase, after.phase].add(named(event))
-            node = (fold(after, now), ends)
-            if node in known:
-                continue
-            known.add(node)
-            which = kind(node[0], ending=ends)
-            kinds[which] += 1
-            if kinds[which] <= OF_A_KIND:
-                queue.append(node)
+            ends = ending or isinstance(told.event, ShutdownBegun)
+            for after in answers(record, told, replace(policy, shutting_down=ends), seen):
+                node = (fold(after, told.after_s), ends)
+                if node in known:
+                    continue
+                known.add(node)
+                which = kind(node[0], ending=ends)
+                kinds[which] += 1
+                if kinds[which] <= OF_A_KIND:
+                    queue.append(node)
+
+
+def answers(record: Record, told: Told, policy: Policy, seen: Seen) -> Iterator[Record]:
+    """Yield what a fact makes of a record; where that gives up, by every choice of the operator."""
+    for choice in (policy.on_exhausted, *Exhausted):
+        after, effects = answer(
+            record, told.event, told.after_s, replace(policy, on_exhausted=choice)
+        )
+        if after == record and not effects:
+            return
+        seen.changes.add((record.phase, type(told.event)))
+        if after.phase is not record.phase:
+            seen.edges[record.phase, after.phase].add(named(told.event))
+        yield after
+        if after.phase not in (Phase.DECIDING, Phase.FAILING, Phase.FAILED):
+            return
 
 
 @functools.cache
@@ -261,7 +271,7 @@ def everything() -> Seen:
 
 
 def drawing() -> str:
-    """Return the diagram, in mermaid's words: every change of phase, and the facts that cause it."""
+    """Return the diagram in mermaid's words: every change of phase, and the facts behind it."""
     edges = everything().edges
     order = list(Phase)
     lines = ["```mermaid", "stateDiagram-v2", "    [*] --> observed"]

@@ -181,6 +181,8 @@ class World:
         reached.add(self.record.phase)
         self.check_bounds(before, event, effects)
         self.check_hands(before, event, effects)
+        if self.record.phase in (Phase.WATCHING, Phase.PROBATION):
+            self.half = self.touched = self.accepted = False  # LIVE: the round is complete
         for effect in effects:
             self.check_effect(before, event, effect)
             self.note_effect(effect)
@@ -190,7 +192,7 @@ class World:
         if isinstance(event, Woken):
             self.check_progress()
 
-    def note_fact(self, event: Event) -> None:
+    def note_fact(self, event: Event) -> None:  # noqa: C901, PLR0912 - an arm for each
         seq = self.record.seq
         match event:
             case Resumed():
@@ -240,8 +242,6 @@ class World:
                 self.finding = True
             case EndAttempt():
                 self.half |= self.touched
-            case Watch() if self.record.phase in (Phase.WATCHING, Phase.PROBATION):
-                self.half = self.touched = self.accepted = False  # LIVE: the round is complete
 
     def check_bounds(self, before: Record, event: Event, effects: tuple[Effect, ...]) -> None:
         record, policy = self.record, self.policy
@@ -311,7 +311,8 @@ class World:
                 assert not self.half, "half attached: no delegate on G2"
             case SendStop():
                 assert record.phase is Phase.FAILING, "STOP: only when failing"
-                assert not (record.held or policy.shutting_down), "STOP: hands bound"
+                bound = record.held or policy.shutting_down
+                assert not bound, "STOP: hands bound"
                 assert record.server is None, "STOP: the server is dead"
                 assert not self.processes, "STOP: the attempt's servers are dead"
                 chosen = policy.on_exhausted is Exhausted.FAIL or policy.hold_timeout_s > 0

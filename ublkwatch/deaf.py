@@ -31,16 +31,7 @@ from ublkwatch.model import Phase
 
 DEAF: dict[Phase, frozenset[type[Event]]] = {
     Phase.OBSERVED: frozenset(
-        {
-            Decided,
-            HoldersFound,
-            QueueThreadLost,
-            Ready,
-            ServerFound,
-            ShutdownBegun,
-            SpawnFailed,
-            Woken,
-        }
+        {Decided, HoldersFound, QueueThreadLost, Ready, ServerFound, ShutdownBegun, SpawnFailed}
     ),
     Phase.WATCHING: frozenset(
         {
@@ -52,10 +43,8 @@ DEAF: dict[Phase, frozenset[type[Event]]] = {
             ServerFound,
             ShutdownBegun,
             SpawnFailed,
-            Spawned,
             StartReplied,
             StopReplied,
-            Woken,
         }
     ),
     Phase.GRACE: frozenset(
@@ -79,7 +68,6 @@ DEAF: dict[Phase, frozenset[type[Event]]] = {
             Ready,
             ShutdownBegun,
             SpawnFailed,
-            Spawned,
             StartReplied,
             StopReplied,
         }
@@ -95,7 +83,6 @@ DEAF: dict[Phase, frozenset[type[Event]]] = {
             HoldersFound,
             QueueThreadLost,
             Ready,
-            ServerExited,
             ServerFound,
             SpawnFailed,
             StartReplied,
@@ -109,7 +96,6 @@ DEAF: dict[Phase, frozenset[type[Event]]] = {
             HoldersFound,
             QueueThreadLost,
             Ready,
-            ServerExited,
             ServerFound,
             SpawnFailed,
             StartReplied,

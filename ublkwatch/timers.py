@@ -36,19 +36,19 @@ def _on_wake(  # noqa: C901, PLR0912 - one arm for each phase
             return orders.begin(record, now, policy)
         case Phase.DRAINING:
             return _on_draining(record, now, policy)
-        case Phase.STARTING if waited < attempt.start_patience_s(policy):
+        case Phase.STARTING if now < record.since + attempt.start_patience_s(policy):
             wake = record.since + attempt.start_patience_s(policy)
             return replace(record, wake=wake), (FindHolders(record.seq),)
         case Phase.STARTING:
             unsure = replace(record, armed=Armed.UNSURE)
             return attempt.fail(unsure, Reason.NO_ANSWER, "START_USER_RECOVERY", now)
-        case Phase.ATTACHING if waited < attempt.attach_patience_s(policy):
+        case Phase.ATTACHING if now < record.since + attempt.attach_patience_s(policy):
             if policy.handoff is Handoff.MANAGED and record.candidate is None:
                 return replace(record, wake=now + attempt.LOOK_AGAIN_S), (FindServer(record.seq),)
             return replace(record, wake=now + _pause(waited, policy)), (ReadInfo(),)
         case Phase.ATTACHING:
             return attempt.fail(record, Reason.ATTACH_TIMEOUT, f"after {waited:.0f} s", now)
-        case Phase.PROBATION if waited >= policy.probation_s + policy.attach_timeout_s:
+        case Phase.PROBATION if now >= record.since + policy.attach_timeout_s + policy.probation_s:
             return attempt.leave(record, Phase.OBSERVED, now)  # it is not to be believed
         case Phase.PROBATION:
             return replace(record, wake=now + policy.probation_s), (ReadInfo(),)
@@ -56,7 +56,7 @@ def _on_wake(  # noqa: C901, PLR0912 - one arm for each phase
             return verdict.hold(record, now, policy), ()
         case Phase.BACKOFF:
             return attempt.begin(record, now, policy)
-        case Phase.STOPPING if waited >= policy.stop_timeout_s:
+        case Phase.STOPPING if now >= record.since + policy.stop_timeout_s:
             if record.then is not None:
                 return verdict.arrive(record, record.then, now)
             # Nothing may be stopped or begun behind it.
@@ -76,9 +76,9 @@ def _on_draining(record: Record, now: float, policy: Policy) -> Step:
     """Poll while the kernel drains; once it takes long, find out who is in the way."""
     waited = now - record.since
     unready = not attempt.prepared(record, policy)
-    if unready and waited >= policy.ready_timeout_s:
+    if unready and now >= record.since + policy.ready_timeout_s:
         return attempt.fail(record, Reason.NOT_READY, f"after {waited:.0f} s", now)
-    if waited >= policy.drain_timeout_s and not attempt.let_go(record):
+    if now >= record.since + policy.drain_timeout_s and not attempt.let_go(record):
         return _undrained(record, now, policy)
     if unready and attempt.let_go(record):
         # It has let go. What is missing is the new server, which needs the CPU more than we do.
