@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from draw import redrawn
 
 from ublkwatch import cli, config
 from ublkwatch.model import Order, Phase, Reason
@@ -24,6 +25,10 @@ def test_every_reason_has_its_section_and_no_other_is_there() -> None:
 def test_every_phase_is_explained() -> None:
     table = RECOVERY.split("## Phases")[1].split("Failed attempts")[0]
     assert re.findall(r"^\| ([a-z_]+) \|", table, re.MULTILINE)[1:] == [p.value for p in Phase]
+
+
+def test_the_diagram_is_the_machine() -> None:
+    assert redrawn(RECOVERY) == RECOVERY, "python -m tests.draw draws it anew"
 
 
 def test_every_setting_that_the_documents_name_exists() -> None:

@@ -223,7 +223,7 @@ def test_half_attached_is_refused_where_it_could_crash_the_kernel() -> None:
         (Reason.UNKNOWN_STATE, 9, "a newer ublkwatch is needed"),
         (Reason.NEVER_SEEN_LIVE, DevState.QUIESCED, "it waits for `ublkwatch recover 3`"),
         (Reason.FORGOTTEN, DevState.QUIESCED, "it waits for `ublkwatch recover 3`"),
-        (Reason.FORGOTTEN, DevState.LIVE, "should its server be lost, `ublkwatch recover 3`"),
+        (Reason.FORGOTTEN, DevState.LIVE, "it waits for `ublkwatch recover 3`"),
         (None, DevState.LIVE, "it is judged at the next look"),
     ],
 )

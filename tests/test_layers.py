@@ -23,8 +23,11 @@ LAYERS: dict[str, set[str]] = {
     "orders": {"attempt", "events", "model", "uapi", "verdict"},
     "timers": {"attempt", "events", "model", "orders", "uapi", "verdict"},
     "resume": {"attempt", "events", "model", "orders", "verdict"},
+    "outage": {"attempt", "events", "model", "orders", "uapi", "verdict"},
+    "deaf": {"events", "model"},
     "recovery": {
-        *("attempt", "events", "model", "orders", "resume", "timers", "uapi", "verdict"),
+        *("attempt", "deaf", "events", "model", "orders", "outage", "resume", "timers"),
+        *("uapi", "verdict"),
     },
     "status": {"model", "uapi"},
     "explain": {"attempt", "model", "orders", "status", "uapi", "verdict"},
@@ -84,7 +87,7 @@ HOMES = {
 }
 PURE = (
     *("uapi", "model", "events"),
-    *("verdict", "attempt", "orders", "timers", "resume", "recovery"),
+    *("verdict", "attempt", "orders", "outage", "timers", "resume", "deaf", "recovery"),
     "explain",
 )
 HARMLESS = {

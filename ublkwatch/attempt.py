@@ -14,7 +14,6 @@ from ublkwatch.events import (
     Cancel,
     EndAttempt,
     FindServer,
-    Kill,
     ReadInfo,
     SendEnd,
     SendStart,
@@ -35,12 +34,14 @@ from ublkwatch.model import (
     ServerId,
     errno_name,
 )
-from ublkwatch.verdict import Step, arrive, enter, settle
+from ublkwatch.verdict import Step, arrive, beyond, enter, half_attached, settle, strays
 
 # The phases in which an attempt may have a process or a command of its own under way.
 ATTEMPTING = frozenset(
     {Phase.DRAINING, Phase.STARTING, Phase.ATTACHING, Phase.STOPPING, Phase.BACKOFF}
 )
+_FAILURES_MAX = 1000  # remembered
+LOOK_AGAIN_S = 1.0  # for the process that a server left behind
 _ENDS_MAX = 8  # how often END is sent for one server, whatever the answers
 
 
@@ -55,10 +56,14 @@ def starts_early(policy: Policy) -> bool:
 def begin(record: Record, now: float, policy: Policy) -> Step:
     """Start the next attempt: a new number, a new server, which touches nothing yet.
 
-    A server that still lives, though the kernel has let go of it, has to end.
+    What is left of the last one has to end first; so has a server that lives, though the kernel
+    has let go of it. Behind a server that is half attached nothing is started at all.
     """
+    if not record.over or record.pending:
+        return _stop(record, None, now)
+    if half_attached(record, policy):
+        return beyond(record, now, policy)
     seq = record.seq + 1
-    stray = (Kill(record.server),) if record.server else ()
     record = enter(
         record,
         Phase.DRAINING,
@@ -73,10 +78,11 @@ def begin(record: Record, now: float, policy: Policy) -> Step:
         agreed=0,
         ends=0,
         refused="",
+        crippled="",
     )
     # A server that waits for its line comes up while the kernel tears down the old one's queues.
     spawn = (Spawn(seq),) if starts_early(policy) else ()
-    return record, (*stray, *spawn, ReadInfo())
+    return record, (*strays(record), *spawn, ReadInfo())
 
 
 def let_go(record: Record) -> bool:
@@ -131,12 +137,12 @@ def start_replied(record: Record, error: int, now: float, policy: Policy) -> Ste
         return settle(record, now, policy)
     if record.phase is not Phase.STARTING:
         return record, ()
-    if taken and prepared(record, policy):
-        return attach(record, now, policy)
-    if taken:
-        return fail(record, record.reason or Reason.DIED_BEFORE_READY, record.detail, now)
     if error == errno.ENODEV:
-        return leave(record, Phase.GONE, now, policy)
+        return leave(record, Phase.GONE, now)
+    if not prepared(record, policy):  # it died meanwhile; that came first
+        return fail(record, record.reason or Reason.DIED_BEFORE_READY, record.detail, now)
+    if taken:
+        return attach(record, now, policy)
     name = errno_name(error)
     detail = f"{name}; {record.holders}" if record.holders else name
     reasons = {
@@ -190,12 +196,14 @@ def end_replied(record: Record, error: int, now: float, policy: Policy) -> Step:
     if error == 0:  # LIVE, and the process that we started has left the serving to another
         return record, (FindServer(record.seq),)
     if error == errno.EBUSY:  # maybe LIVE already, by somebody else's END: the state will tell
-        return replace(record, refused=name), (ReadInfo(),)
+        return replace(record, refused=name, agreed=0), (ReadInfo(),)
     if error == errno.EINTR and record.candidate and record.ends < _ENDS_MAX:
         return send_end(record)  # interrupted, and the server is still at it
     if error == errno.EINVAL and policy.generation is Generation.G3 and record.ends < _ENDS_MAX:
         # Everything is fetched, but by another process than the one that we started.
         return record, (FindServer(record.seq),)
+    if error == errno.ETIMEDOUT:
+        return fail(record, Reason.NO_ANSWER, "END_USER_RECOVERY", now)
     return fail(record, Reason.END_REFUSED, name, now)
 
 
@@ -207,6 +215,8 @@ def server_found(record: Record, server: ServerId | None, now: float, policy: Po
         return replace(record, server=server), (Watch(server), ReadInfo())
     if record.phase is not Phase.ATTACHING:
         return record, ()
+    if server is None and record.candidate is None and record.pending:
+        return record, ()  # it may open the device yet: looked for again until the deadline
     if server is None or server == record.ended:
         reason = Reason.END_REFUSED if record.candidate else Reason.DIED_ATTACHING
         detail = record.detail or "no process of the attempt has the character device open"
@@ -214,7 +224,8 @@ def server_found(record: Record, server: ServerId | None, now: float, policy: Po
     if record.armed is Armed.NO:  # END was 0
         record, effects = live(record, server, now, policy)
         return record, (Watch(server), *effects)
-    record = replace(record, candidate=server)
+    wake = record.since + attach_patience_s(policy)
+    record = replace(record, candidate=server, wake=wake)
     if record.pending:  # END for the process that has left; its EINTR brings the next
         return record, (Watch(server), Cancel(record.seq))
     record, effects = send_end(record)
@@ -259,7 +270,8 @@ def exited(record: Record, event: ServerExited, now: float, policy: Policy) -> S
             return fail(record, Reason.DELEGATE_FAILED, event.how, now)
         case Phase.ATTACHING if event.code == 0 and not starts_early(policy):
             detail = "it left no process that has the character device open"
-            return replace(record, candidate=None, detail=detail), (FindServer(record.seq),)
+            record = replace(record, candidate=None, detail=detail, wake=now + LOOK_AGAIN_S)
+            return record, (FindServer(record.seq),)
         case Phase.ATTACHING:
             return fail(record, Reason.DIED_ATTACHING, event.how, now)
     return record, ()
@@ -273,7 +285,7 @@ def died_in_probation(record: Record, event: ServerExited, now: float, policy: P
     reason = Reason.DIED_IN_PROBATION
     if event.code in policy.permanent_exits:
         reason = Reason.PERMANENT_EXIT
-    return fail(record, reason, event.how, now)
+    return fail(record, reason, record.crippled or event.how, now)
 
 
 # --- its end --------------------------------------------------------------------------------------
@@ -283,18 +295,25 @@ def fail(record: Record, reason: Reason, detail: str, now: float) -> Step:
     """End the attempt because it failed; what comes next is settled when it is over."""
     if record.phase is Phase.STOPPING:  # the first symptom has been counted
         return record, ()
-    failures = (*record.failures, now)
+    failures = (*record.failures[1 - _FAILURES_MAX :], now)
     return _stop(replace(record, failures=failures, reason=reason, detail=detail), None, now)
 
 
-def leave(
-    record: Record, then: Phase, now: float, policy: Policy, reason: Reason | None = None
-) -> Step:
-    """End whatever is under way without counting it, and go to ``then``."""
-    record = replace(record, reason=reason)
+def break_off(record: Record, now: float) -> Step:
+    """End the attempt without counting it; what comes next is settled when it is over."""
+    return _stop(replace(record, reason=None), None, now)
+
+
+def leave(record: Record, then: Phase, now: float, reason: Reason | None = None) -> Step:
+    """End whatever is under way without counting it, and go to ``then``, for good.
+
+    That we were told to forget it outlasts every other word.
+    """
+    if record.reason is not Reason.FORGOTTEN:
+        record = replace(record, reason=reason)
     if record.phase in ATTEMPTING:
         return _stop(record, then, now)
-    return arrive(record, then, now, policy)
+    return arrive(record, then, now)
 
 
 def _stop(record: Record, then: Phase | None, now: float) -> Step:

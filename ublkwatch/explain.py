@@ -216,8 +216,6 @@ def _observed(record: Record, policy: Policy) -> str:
             return "nothing, in this state: a newer ublkwatch is needed"
     if not _refusal(record, Order.RECOVER, policy):
         return f"nothing by itself: it waits for {recover}"
-    if record.reason is Reason.FORGOTTEN:
-        return f"nothing; should its server be lost, {recover} takes it back"
     return "it is judged at the next look"
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from ublkwatch import attempt, verdict
 from ublkwatch.events import Asked, ReadInfo
-from ublkwatch.model import Armed, Generation, Order, Phase, Policy, Reason, Record
+from ublkwatch.model import Armed, Generation, Handoff, Order, Phase, Policy, Reason, Record
 from ublkwatch.uapi import DevState
 from ublkwatch.verdict import Step
 
@@ -52,14 +52,20 @@ def _cannot_begin(record: Record, policy: Policy) -> str:
         return "it was stopped; create it again by its own program"
     if not policy.has_spec:
         return Reason.NO_SPEC.value
-    if policy.generation is Generation.G2 and record.reason in _LOST_FOR_GOOD:
-        return f"{_why(record)}; to recover it again could crash the kernel"
+    if policy.generation is Generation.UNKNOWN:
+        return Reason.NO_FEATURES.value
+    state = record.info.state if record.info else None
     if record.phase is Phase.OBSERVED:
-        known = record.reason in (Reason.NEVER_SEEN_LIVE, Reason.FORGOTTEN)
-        down = record.info is not None and record.info.state in _DOWN
-        return "" if known and down else f"there is nothing to recover: {_why(record)}"
-    if record.phase not in WAITING:
+        back = record.reason is Reason.FORGOTTEN and state is DevState.LIVE
+        known = record.reason in (Reason.NEVER_SEEN_LIVE, Reason.FORGOTTEN) and state in _DOWN
+        if not (back or known):
+            return f"there is nothing to recover: {_why(record)}"
+    elif record.phase not in WAITING:
         return f"it is {record.phase.value} already"
+    # How far a delegate came only its operator can tell, who may vouch for it.
+    half = verdict.half_attached(record, policy) and policy.handoff is Handoff.MANAGED
+    if policy.generation is Generation.G2 and (half or record.reason in _LOST_FOR_GOOD):
+        return f"{_why(record)}; to recover it again could crash the kernel"
     return ""
 
 
@@ -77,7 +83,7 @@ def obey(record: Record, asked: Asked, now: float, policy: Policy) -> Step:
         case Order.RELEASE:
             return release(record, now, policy)
         case Order.FORGET:
-            return _forget(record, asked, now, policy)
+            return _forget(record, asked, now)
         case Order.RETRY | Order.RECOVER:
             return _again(record, now, policy)
 
@@ -87,7 +93,7 @@ def _hold(record: Record, asked: Asked, now: float, policy: Policy) -> Step:
     record = replace(record, held=True, held_until=asked.until, held_by=asked.by)
     match record.phase:
         case Phase.DRAINING:
-            return attempt.leave(record, Phase.HELD, now, policy)
+            return attempt.break_off(record, now)
         case Phase.GRACE | Phase.BACKOFF | Phase.DECIDING | Phase.HELD:
             return verdict.hold(record, now, policy), ()
     return record, ()
@@ -99,8 +105,10 @@ def release(record: Record, now: float, policy: Policy) -> Step:
     match record.phase:
         case Phase.HELD:
             return begin(record, now, policy)
-        case Phase.FAILED if record.overdue and not record.stopped:
+        case Phase.FAILED if record.overdue and not (record.stopped or policy.shutting_down):
             return verdict.failing(record, now, policy)
+        case Phase.WATCHING | Phase.PROBATION if record.crippled:
+            return record, verdict.strays(record)
     return record, ()
 
 
@@ -113,6 +121,8 @@ def begin(record: Record, now: float, policy: Policy) -> Step:
 
 def _again(record: Record, now: float, policy: Policy) -> Step:
     """Begin now, with a new budget: the operator vouches for it."""
+    if record.phase is Phase.OBSERVED and record.info and record.info.state is DevState.LIVE:
+        return replace(record, reason=None, detail=""), (ReadInfo(),)
     started = record.marks or (("lost", now),)
     armed = record.armed
     if policy.generation is Generation.G2 and record.reason is Reason.START_REFUSED:
@@ -134,7 +144,7 @@ def _again(record: Record, now: float, policy: Policy) -> Step:
     return attempt.begin(replace(record, reason=None, detail=""), now, policy)
 
 
-def _forget(record: Record, asked: Asked, now: float, policy: Policy) -> Step:
+def _forget(record: Record, asked: Asked, now: float) -> Step:
     """Take the hands off it, whatever is under way."""
     record = replace(
         record,
@@ -146,5 +156,5 @@ def _forget(record: Record, asked: Asked, now: float, policy: Policy) -> Step:
         failures=(),
         detail=asked.by,
     )
-    record, effects = attempt.leave(record, Phase.OBSERVED, now, policy, Reason.FORGOTTEN)
+    record, effects = attempt.leave(record, Phase.OBSERVED, now, Reason.FORGOTTEN)
     return record, effects or (ReadInfo(),)

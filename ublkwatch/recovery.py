@@ -33,12 +33,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ublkwatch import attempt, orders, timers, verdict
-from ublkwatch.attempt import ATTEMPTING
+from ublkwatch import attempt, orders, outage, timers, verdict
+from ublkwatch.deaf import DEAF
 from ublkwatch.events import (
     Asked,
     AttemptOver,
     Decided,
+    Effect,
     EndReplied,
     Event,
     HoldersFound,
@@ -60,14 +61,11 @@ from ublkwatch.events import (
     Woken,
 )
 from ublkwatch.model import (
-    Generation,
     Handoff,
     Phase,
     Policy,
     Reason,
     Record,
-    RecoveryMode,
-    ServerId,
 )
 from ublkwatch.resume import resume
 from ublkwatch.uapi import DevState
@@ -76,13 +74,22 @@ from ublkwatch.verdict import Step
 
 def step(record: Record, event: Event, now: float, policy: Policy) -> Step:
     """Take one fact."""
+    if type(event) in DEAF[record.phase]:
+        return record, ()
+    return answer(record, event, now, policy)
+
+
+def answer(record: Record, event: Event, now: float, policy: Policy) -> Step:
+    """Take a fact that matters."""
     if record.phase is Phase.GONE:
         return record, ()
+    if record.reason is Reason.INTERNAL_ERROR:
+        return _quarantined(record, event, now)
     match event:
         case InfoMissing():
-            return attempt.leave(record, Phase.GONE, now, policy)
+            return attempt.leave(record, Phase.GONE, now)
         case InfoRead():
-            return _on_info(record, event, now, policy)
+            return outage.on_info(record, event, now, policy)
         case ServerExited():
             return _on_exit(record, event, now, policy)
         case QueueThreadLost():
@@ -108,7 +115,7 @@ def step(record: Record, event: Event, now: float, policy: Policy) -> Step:
             | Decided()
         ):
             if event.seq != record.seq:
-                return record, ()
+                return record, _unwanted(event)
             return _on_reply(record, event, now, policy)
 
 
@@ -123,174 +130,6 @@ def delayed(record: Record, by_s: float) -> Record:
     return replace(record, since=record.since + by_s, wake=wake, give_up_at=give_up_at)
 
 
-# --- what the kernel reports ---------------------------------------------------------------------
-
-
-def _on_info(record: Record, event: InfoRead, now: float, policy: Policy) -> Step:
-    record = replace(record, info=event.info)
-    server = None if event.server == record.ended else event.server  # read before it ended
-    if record.phase is Phase.OBSERVED:
-        record = replace(record, server=server)
-    if event.instance != record.instance:
-        return attempt.leave(record, Phase.GONE, now, policy)
-    match event.info.state:
-        case DevState.DEAD:
-            return _on_dead(record, now, policy)
-        case DevState.LIVE:
-            return _on_live(replace(record, agreed=0), server, now, policy)
-        case DevState.QUIESCED | DevState.FAIL_IO:
-            return _on_down(replace(record, agreed=record.agreed + 1), now, policy)
-        case unknown if record.phase in ATTEMPTING:
-            record = replace(record, detail=f"state {unknown}")
-            return attempt.leave(record, Phase.OBSERVED, now, policy)
-        case unknown:
-            return _observe(record, Reason.UNKNOWN_STATE, now, f"state {unknown}"), ()
-
-
-def _on_dead(record: Record, now: float, policy: Policy) -> Step:
-    ours = record.stopped or (record.phase is Phase.FAILING and record.pending)
-    return (record, ()) if ours else attempt.leave(record, Phase.GONE, now, policy)
-
-
-def _on_live(record: Record, server: ServerId | None, now: float, policy: Policy) -> Step:
-    match record.phase:
-        case Phase.OBSERVED if (hands_off := _hands_off(record, policy)) is not None:
-            return _observe(record, hands_off, now), ()
-        case Phase.OBSERVED if server:
-            return _adopt(record, server, now)
-        case Phase.OBSERVED:
-            return _observe(record, Reason.NO_VISIBLE_SERVER, now), ()
-        case Phase.FAILING if not server:
-            return verdict.send_stop(record, now, policy)
-        case Phase.ATTACHING if policy.handoff is Handoff.DELEGATED:
-            if server and server != record.server:
-                record, effects = attempt.live(record, server, now, policy)
-                return record, (Watch(server), *effects)
-            return record, ()
-        case Phase.ATTACHING if server and server == record.candidate and not record.pending:
-            return attempt.live(record, server, now, policy)  # END: EBUSY, it had been done before
-        case Phase.PROBATION if now - record.since >= policy.probation_s and record.server:
-            # G2 says the pid that END gave it, which may be nobody's: then our own watch counts.
-            if server == record.server or (not server and policy.generation is Generation.G2):
-                return _recovered(record, now), ()
-    if not server or (server == record.server and record.phase is not Phase.FAILED):
-        return record, ()
-    if record.phase in ATTEMPTING:
-        ours = server == record.candidate
-        return (record, ()) if ours else attempt.leave(record, Phase.OBSERVED, now, policy)
-    return _adopt(record, server, now)  # recovered by somebody else
-
-
-def _on_down(record: Record, now: float, policy: Policy) -> Step:
-    match record.phase:
-        case Phase.OBSERVED:
-            if (hands_off := _hands_off(record, policy)) is not None:
-                return _observe(record, hands_off, now), ()
-            if not policy.seen_live:
-                return _observe(record, Reason.NEVER_SEEN_LIVE, now), ()
-            return _lost(record, now, policy, "startup")
-        case Phase.WATCHING | Phase.PROBATION | Phase.FAILING if record.agreed < 2:
-            return record, (ReadInfo(),)
-        case Phase.WATCHING | Phase.PROBATION:
-            return _lost(record, now, policy, "poll")
-        case Phase.DRAINING:
-            return attempt.try_start(record, now, policy)
-        case Phase.ATTACHING if record.refused and not record.pending:
-            return attempt.fail(record, Reason.END_REFUSED, record.refused, now)
-        case Phase.FAILING:
-            return verdict.send_stop(record, now, policy)
-        case Phase.FAILED if record.reason is Reason.NOT_QUIESCED and not record.held:
-            return _lost(record, now, policy, "poll")  # the kernel has let go after all
-    return record, ()
-
-
-def _hands_off(record: Record, policy: Policy) -> Reason | None:
-    if policy.generation is Generation.UNKNOWN:
-        return Reason.NO_FEATURES
-    if record.info and RecoveryMode.of(record.info.flags) is RecoveryMode.NONE:
-        return Reason.NO_RECOVERY_FLAG
-    if record.reason is Reason.FORGOTTEN:
-        return Reason.FORGOTTEN
-    return None if policy.has_spec else Reason.NO_SPEC
-
-
-def _observe(record: Record, reason: Reason, now: float, detail: str | None = None) -> Record:
-    """Keep the hands off; that we were told to, and by whom, is not forgotten."""
-    if detail is None:
-        detail = record.detail if reason is Reason.FORGOTTEN else ""
-    if (record.phase, record.reason, record.detail) == (Phase.OBSERVED, reason, detail):
-        return record
-    return replace(
-        record,
-        phase=Phase.OBSERVED,
-        reason=reason,
-        detail=detail,
-        since=now,
-        wake=None,
-        give_up_at=None,
-    )
-
-
-def _adopt(record: Record, server: ServerId, now: float) -> Step:
-    watching = Record(
-        dev_id=record.dev_id,
-        instance=record.instance,
-        phase=Phase.WATCHING,
-        since=now,
-        info=record.info,
-        server=server,
-        seq=record.seq,
-        held=record.held,
-        held_until=record.held_until,
-        held_by=record.held_by,
-        recoveries=record.recoveries,
-        last_held_s=record.last_held_s,
-    )
-    return watching, (Watch(server),)
-
-
-# --- the beginning and the end of an outage ------------------------------------------------------
-
-
-def _lost(record: Record, now: float, policy: Policy, by: str) -> Step:
-    """Begin an outage: at once, or after grace, or not while the hands are bound."""
-    stable = record.phase is Phase.WATCHING and now - record.since >= policy.stable_s
-    recent = tuple(at for at in record.failures if now - at <= policy.window_s)
-    record = replace(
-        record,
-        reason=Reason.GRACE,
-        detail=record.crippled,
-        detected_by="thread" if record.crippled else by,
-        crippled="",
-        attempts=0,
-        decisions=0,
-        failures=() if stable else recent,
-        marks=(("lost", now),),
-        give_up_at=now + policy.hold_timeout_s if policy.hold_timeout_s else None,
-        overdue=False,
-        agreed=0,
-    )
-    if policy.grace_s and not verdict.hands_bound(record, policy):
-        return verdict.enter(record, Phase.GRACE, now, wake=now + policy.grace_s), ()
-    return orders.begin(record, now, policy)
-
-
-def _recovered(record: Record, now: float) -> Record:
-    marks = dict(record.marks)
-    return replace(
-        record,
-        phase=Phase.WATCHING,
-        reason=None,
-        detail="",
-        since=now,
-        wake=None,
-        give_up_at=None,
-        overdue=False,
-        recoveries=record.recoveries + 1,
-        last_held_s=marks.get("probation", now) - marks.get("lost", now),
-    )
-
-
 # --- replies, ends and timers --------------------------------------------------------------------
 
 
@@ -298,18 +137,17 @@ def _on_reply(record: Record, event: Event, now: float, policy: Policy) -> Step:
     draining = record.phase is Phase.DRAINING
     spawning = draining or record.phase is Phase.ATTACHING
     match event:
-        case StartReplied():
+        case StartReplied() if record.pending:
             return attempt.start_replied(record, event.error, now, policy)
-        case EndReplied():
+        case EndReplied() if record.pending:
             return attempt.end_replied(record, event.error, now, policy)
-        case StopReplied():
+        case StopReplied() if record.pending:
             return verdict.stop_replied(record, event.error, now, policy)
         case Spawned() if spawning and record.candidate is None:
-            record = replace(record, candidate=event.server)
-            effects: Step = (record, ())
-            if not draining and policy.handoff is Handoff.MANAGED:
-                effects = attempt.send_end(record)
-            return effects[0], (Watch(event.server), *effects[1])
+            record, effects = _on_spawned(replace(record, candidate=event.server), now, policy)
+            return record, (Watch(event.server), *effects)
+        case Spawned() if record.phase not in (Phase.WATCHING, Phase.PROBATION):
+            return record, _unwanted(event)
         case SpawnFailed() if spawning and record.candidate is None:
             record = replace(record, lined=False)  # there was nobody who could attach
             return attempt.fail(record, Reason.SPAWN_FAILED, event.why, now)
@@ -319,18 +157,50 @@ def _on_reply(record: Record, event: Event, now: float, policy: Policy) -> Step:
             return attempt.server_found(record, event.server, now, policy)
         case HoldersFound() if record.phase in (Phase.DRAINING, Phase.STARTING):
             return replace(record, holders=event.who), ()
-        case AttemptOver() if record.phase is Phase.STOPPING:
-            # A server that never read its line has not touched the device.
-            lined = record.lined and not event.unread
-            return verdict.settle(replace(record, over=True, lined=lined), now, policy)
+        case AttemptOver() if not record.over:
+            return _on_over(record, event, now, policy)
         case Decided() if record.phase is Phase.DECIDING:
             return _on_decided(record, event, now, policy)
     return record, ()
 
 
+def _on_over(record: Record, event: AttemptOver, now: float, policy: Policy) -> Step:
+    # A server that never read its line has not touched the device.
+    record = replace(record, over=True, lined=record.lined and not event.unread)
+    if record.phase is Phase.STOPPING:
+        return verdict.settle(record, now, policy)
+    look = (ReadInfo(),) if record.phase is Phase.FAILING else ()
+    return replace(record, candidate=None), look  # later than we would wait
+
+
+def _on_spawned(record: Record, now: float, policy: Policy) -> Step:
+    if record.phase is Phase.DRAINING:
+        return attempt.try_start(record, now, policy)
+    return (record, ()) if policy.handoff is Handoff.DELEGATED else attempt.send_end(record)
+
+
+def _unwanted(event: Event) -> tuple[Effect, ...]:
+    """End a process that came up too late for its attempt."""
+    return (Kill(event.server),) if isinstance(event, Spawned) else ()
+
+
+def _quarantined(record: Record, event: Event, now: float) -> Step:
+    """Keep the hands off a device over which our own code failed, until somebody serves it."""
+    match event:
+        case InfoMissing():
+            return verdict.arrive(record, Phase.GONE, record.since)
+        case InfoRead() if event.instance != record.instance or event.info.state is DevState.DEAD:
+            return verdict.arrive(record, Phase.GONE, record.since)
+        case InfoRead() if event.info.state is DevState.LIVE and event.server:
+            return outage.adopt(replace(record, info=event.info), event.server, now)
+        case InfoRead():
+            record = replace(record, info=event.info)
+    return replace(record, wake=None, give_up_at=None, held_until=None), ()
+
+
 def _on_decided(record: Record, event: Decided, now: float, policy: Policy) -> Step:
     match event.code:
-        case verdict.SAYS_RETRY:
+        case verdict.SAYS_RETRY if not verdict.half_attached(record, policy):
             return orders.begin(replace(record, failures=()), now, policy)
         case verdict.SAYS_FAIL if not verdict.hands_bound(record, policy):
             return verdict.failing(record, now, policy)
@@ -346,7 +216,7 @@ def _on_exit(record: Record, event: ServerExited, now: float, policy: Policy) ->
     record = replace(record, server=None, ended=event.server)
     match record.phase:
         case Phase.WATCHING:
-            return _lost(record, now, policy, "pidfd")
+            return outage.lost(record, now, policy, "pidfd")
         case Phase.PROBATION:
             return attempt.died_in_probation(record, event, now, policy)
         case Phase.DRAINING:
@@ -359,15 +229,18 @@ def _on_exit(record: Record, event: ServerExited, now: float, policy: Policy) ->
 def _on_thread_lost(record: Record, event: QueueThreadLost, policy: Policy) -> Step:
     """End a server that lost a queue: that hangs for ever, and only another server cures it."""
     watched = record.phase in (Phase.WATCHING, Phase.PROBATION) and event.server == record.server
-    if not watched or record.crippled or verdict.hands_bound(record, policy):
+    if not watched or record.crippled:
         return record, ()
-    return replace(record, crippled=event.what), (Kill(event.server),)
+    bound = verdict.hands_bound(record, policy)
+    return replace(record, crippled=event.what), () if bound else (Kill(event.server),)
 
 
 def _on_shutdown(record: Record, now: float, policy: Policy) -> Step:
     match record.phase:
         case Phase.DRAINING:
-            return attempt.leave(record, Phase.HELD, now, policy)
+            return attempt.break_off(record, now)
         case Phase.GRACE | Phase.BACKOFF | Phase.DECIDING:
+            return verdict.hold(record, now, policy), ()
+        case Phase.FAILING if not record.pending:
             return verdict.hold(record, now, policy), ()
     return record, ()

@@ -15,16 +15,21 @@ from ublkwatch.model import Armed, Handoff, Phase, Policy, Reason, Record, Serve
 from ublkwatch.verdict import Step
 
 _DOWN = "while ublkwatch was down"
+# Where an attempt has processes; what else is found by its tag is a leftover.
+_TRYING = (Phase.DRAINING, Phase.STARTING, Phase.ATTACHING, Phase.STOPPING)
 
 
 def resume(record: Record, candidate: ServerId | None, now: float, policy: Policy) -> Step:
     """Go on with what the record says, and with the candidate that was found."""
     armed = Armed.UNSURE if record.armed is Armed.SENT else record.armed
-    record = replace(
-        record, since=now, agreed=0, pending=False, armed=armed, candidate=candidate, ready=True
-    )
-    record, effects = _go_on(record, now, policy)
-    watch = tuple(Watch(server) for server in (record.server, candidate) if server)
+    record = replace(record, since=now, agreed=0, pending=False, armed=armed)
+    if record.phase in _TRYING:
+        record = replace(record, candidate=candidate, ready=True)
+    watch = tuple(Watch(server) for server in (record.server, record.candidate) if server)
+    if verdict.hands_off(record, policy) is not None:  # the configuration has changed
+        record, effects = attempt.leave(record, Phase.OBSERVED, now)
+    else:
+        record, effects = _go_on(record, now, policy)
     return record, watch + effects
 
 
@@ -39,7 +44,7 @@ def _go_on(  # noqa: C901, PLR0912 - one arm for each phase
         case Phase.HELD if not verdict.hands_bound(record, policy):
             return orders.begin(record, now, policy)
         case Phase.DRAINING if early and not record.candidate:
-            return attempt.begin(record, now, policy)
+            return orders.begin(replace(record, over=True), now, policy)
         case Phase.DRAINING:
             return replace(record, wake=soon), (ReadInfo(),)
         case Phase.STARTING if early and not record.candidate:
@@ -59,10 +64,12 @@ def _go_on(  # noqa: C901, PLR0912 - one arm for each phase
             return attempt.send_end(
                 replace(record, wake=now + attempt.attach_patience_s(policy), ends=0)
             )
+        case Phase.WATCHING | Phase.PROBATION if record.crippled and not record.held:
+            return record, (*verdict.strays(record), ReadInfo())
         case Phase.PROBATION:
             return replace(record, wake=now + policy.probation_s), (ReadInfo(),)
         case Phase.STOPPING:
-            return replace(record, wake=now + 1), (EndAttempt(record.seq),)
+            return replace(record, wake=now + 1, over=False), (EndAttempt(record.seq),)
         case Phase.BACKOFF:
             return replace(record, wake=now + policy.backoff_base_s), ()
         case Phase.DECIDING:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ublkwatch import attempt, orders, verdict
-from ublkwatch.events import EndAttempt, FindHolders, ReadInfo
-from ublkwatch.model import Armed, Generation, Phase, Policy, Reason, Record
+from ublkwatch.events import EndAttempt, FindHolders, FindServer, ReadInfo
+from ublkwatch.model import Armed, Generation, Handoff, Phase, Policy, Reason, Record
 from ublkwatch.uapi import DevState
 from ublkwatch.verdict import Step
 
@@ -20,38 +20,48 @@ def woken(record: Record, now: float, policy: Policy) -> Step:
         return orders.release(record, now, policy)
     if record.give_up_at is not None and now >= record.give_up_at:
         if record.phase is Phase.DRAINING and not verdict.hands_bound(record, policy):
-            late = replace(record, give_up_at=None, overdue=True)
-            return attempt.leave(late, Phase.FAILING, now, policy)
+            return attempt.break_off(replace(record, give_up_at=None, overdue=True), now)
         return verdict.overdue(record, now, policy)
     if record.wake is None or now < record.wake:
         return record, ()
     return _on_wake(record, now, policy)
 
 
-def _on_wake(record: Record, now: float, policy: Policy) -> Step:
+def _on_wake(  # noqa: C901, PLR0912 - one arm for each phase
+    record: Record, now: float, policy: Policy
+) -> Step:
     waited = now - record.since
     match record.phase:
         case Phase.GRACE:
             return orders.begin(record, now, policy)
         case Phase.DRAINING:
             return _on_draining(record, now, policy)
-        case Phase.STARTING if waited < attempt.start_patience_s(policy):
+        case Phase.STARTING if now < record.since + attempt.start_patience_s(policy):
             wake = record.since + attempt.start_patience_s(policy)
             return replace(record, wake=wake), (FindHolders(record.seq),)
         case Phase.STARTING:
             unsure = replace(record, armed=Armed.UNSURE)
             return attempt.fail(unsure, Reason.NO_ANSWER, "START_USER_RECOVERY", now)
-        case Phase.ATTACHING if waited < attempt.attach_patience_s(policy):
+        case Phase.ATTACHING if now < record.since + attempt.attach_patience_s(policy):
+            if policy.handoff is Handoff.MANAGED and record.candidate is None:
+                return replace(record, wake=now + attempt.LOOK_AGAIN_S), (FindServer(record.seq),)
             return replace(record, wake=now + _pause(waited, policy)), (ReadInfo(),)
         case Phase.ATTACHING:
             return attempt.fail(record, Reason.ATTACH_TIMEOUT, f"after {waited:.0f} s", now)
+        case Phase.PROBATION if now >= record.since + policy.attach_timeout_s + policy.probation_s:
+            return attempt.leave(record, Phase.OBSERVED, now)  # it is not to be believed
         case Phase.PROBATION:
             return replace(record, wake=now + policy.probation_s), (ReadInfo(),)
+        case Phase.BACKOFF if verdict.hands_bound(record, policy):
+            return verdict.hold(record, now, policy), ()
         case Phase.BACKOFF:
             return attempt.begin(record, now, policy)
-        case Phase.STOPPING if waited >= policy.stop_timeout_s:
+        case Phase.STOPPING if now >= record.since + policy.stop_timeout_s:
+            if record.then is not None:
+                return verdict.arrive(record, record.then, now)
+            # Nothing may be stopped or begun behind it.
             stuck = replace(record, reason=Reason.NO_ANSWER, detail=_what_hangs(record))
-            return verdict.arrive(stuck, _refuge(record), now, policy)
+            return verdict.enter(stuck, Phase.FAILED, now, wake=None), ()
         case Phase.STOPPING:  # a process in uninterruptible sleep takes its signal later
             return replace(record, wake=now + 1), (EndAttempt(record.seq),)
         case Phase.DECIDING:
@@ -65,12 +75,12 @@ def _on_wake(record: Record, now: float, policy: Policy) -> Step:
 def _on_draining(record: Record, now: float, policy: Policy) -> Step:
     """Poll while the kernel drains; once it takes long, find out who is in the way."""
     waited = now - record.since
-    early = attempt.starts_early(policy)
-    if early and not record.ready and waited >= policy.ready_timeout_s:
+    unready = not attempt.prepared(record, policy)
+    if unready and now >= record.since + policy.ready_timeout_s:
         return attempt.fail(record, Reason.NOT_READY, f"after {waited:.0f} s", now)
-    if waited >= policy.drain_timeout_s and not attempt.let_go(record):
+    if now >= record.since + policy.drain_timeout_s and not attempt.let_go(record):
         return _undrained(record, now, policy)
-    if early and attempt.let_go(record) and not record.ready:
+    if unready and attempt.let_go(record):
         # It has let go. What is missing is the new server, which needs the CPU more than we do.
         return replace(record, wake=record.since + policy.ready_timeout_s), ()
     record = replace(record, wake=now + _pause(waited, policy))
@@ -98,8 +108,3 @@ def _undrained(record: Record, now: float, policy: Policy) -> Step:
 
 def _what_hangs(record: Record) -> str:
     return "a control command" if record.pending else "its processes were not seen to end"
-
-
-def _refuge(record: Record) -> Phase:
-    """Return where an attempt leads that could not be ended: nothing may be stopped behind it."""
-    return Phase.FAILED if record.then in (None, Phase.FAILING) else record.then

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 
-from ublkwatch.events import Decide, Effect, Kill, ReadInfo, SendStop
+from ublkwatch.events import Decide, Effect, EndAttempt, Kill, ReadInfo, SendStop
 from ublkwatch.model import (
     Exhausted,
     Generation,
@@ -20,6 +20,7 @@ from ublkwatch.model import (
     Policy,
     Reason,
     Record,
+    RecoveryMode,
     errno_name,
 )
 
@@ -48,17 +49,10 @@ def enter(record: Record, phase: Phase, now: float, **changes: object) -> Record
     return replace(record, phase=phase, since=now, marks=marks, **changes)  # type: ignore[arg-type]
 
 
-def arrive(record: Record, phase: Phase, now: float, policy: Policy) -> Step:
+def arrive(record: Record, phase: Phase, now: float) -> Step:
     """Go to a phase in which no attempt is under way."""
-    record = replace(record, then=None)
-    match phase:
-        case Phase.FAILING:
-            return failing(record, now, policy)
-        case Phase.HELD:
-            return hold(record, now, policy), ()
-        case Phase.OBSERVED:
-            return enter(record, phase, now, wake=None), (ReadInfo(),)
-    return enter(record, phase, now, wake=None), ()
+    record = enter(record, phase, now, wake=None, then=None, give_up_at=None)
+    return record, (ReadInfo(),) if phase is Phase.OBSERVED else ()
 
 
 def hold(record: Record, now: float, policy: Policy) -> Record:
@@ -73,6 +67,32 @@ def hands_bound(record: Record, policy: Policy) -> bool:
     return record.held or policy.shutting_down
 
 
+def hands_off(record: Record, policy: Policy) -> Reason | None:
+    """Return why a device is not ours to act on, whatever its state."""
+    if policy.generation is Generation.UNKNOWN:
+        return Reason.NO_FEATURES
+    if record.info and RecoveryMode.of(record.info.flags) is RecoveryMode.NONE:
+        return Reason.NO_RECOVERY_FLAG
+    if record.reason is Reason.FORGOTTEN:
+        return Reason.FORGOTTEN
+    return None if policy.has_spec else Reason.NO_SPEC
+
+
+def half_attached(record: Record, policy: Policy) -> bool:
+    """Tell whether a server may have attached in part, which G2 never recovers from."""
+    return policy.generation is Generation.G2 and record.lined
+
+
+def beyond(record: Record, now: float, policy: Policy) -> Step:
+    """Give up a device that is half attached; a delegate's own failure names it better."""
+    if policy.handoff is Handoff.MANAGED and record.reason is not Reason.HALF_ATTACHED:
+        detail = f"{record.reason.value if record.reason else ''} {record.detail}".strip()
+        record = replace(record, reason=Reason.HALF_ATTACHED, detail=detail)
+    elif record.reason is None:
+        record = replace(record, reason=Reason.DELEGATE_FAILED)
+    return exhausted(record, now, policy)
+
+
 # --- after an attempt ----------------------------------------------------------------------------
 
 
@@ -83,18 +103,14 @@ def settle(record: Record, now: float, policy: Policy) -> Step:
     ended = record.candidate or record.ended
     record = replace(record, candidate=None, ready=False, ended=ended)
     if record.then is not None:
-        return arrive(record, record.then, now, policy)
-    final = record.reason in PERMANENT or len(record.failures) >= policy.attempts_max
-    if policy.generation is Generation.G2 and record.lined:
-        final = True
-        if policy.handoff is Handoff.MANAGED:
-            detail = f"{record.reason.value if record.reason else ''} {record.detail}".strip()
-            record = replace(record, reason=Reason.HALF_ATTACHED, detail=detail)
+        return arrive(record, record.then, now)
     if hands_bound(record, policy):
         return hold(record, now, policy), ()
     if record.overdue:
         return failing(record, now, policy)
-    if final:
+    if half_attached(record, policy):
+        return beyond(record, now, policy)
+    if record.reason in PERMANENT or len(record.failures) >= policy.attempts_max:
         return exhausted(record, now, policy)
     longest_s = policy.backoff_base_s * 2 ** min(len(record.failures) - 1, 32)
     backoff_s = min(policy.backoff_max_s, longest_s) * policy.chance
@@ -133,11 +149,13 @@ def undecided(record: Record, how: str, now: float) -> Record:
 
 
 def failing(record: Record, now: float, policy: Policy) -> Step:
-    """Begin to end the I/O that waits: the server has to be dead, and the state read anew."""
+    """Begin to end the I/O that waits: every server has to be dead, and the state read anew."""
+    if hands_bound(record, policy):
+        return hold(record, now, policy), ()
     reason = record.reason
     if record.overdue and reason in (None, Reason.GRACE, Reason.HELD, Reason.SHUTDOWN):
         reason = Reason.HOLD_TIMEOUT
-    stray = (Kill(record.server),) if record.server else ()
+    rest = () if record.over else (EndAttempt(record.seq),)
     record = enter(
         record,
         Phase.FAILING,
@@ -148,13 +166,20 @@ def failing(record: Record, now: float, policy: Policy) -> Step:
         give_up_at=None,
         overdue=False,
     )
-    return record, (*stray, ReadInfo())
+    return record, (*strays(record), *rest, ReadInfo())
+
+
+def strays(record: Record) -> tuple[Effect, ...]:
+    """Wish for the end of a server that lives, though it does not serve, or not any more."""
+    return (Kill(record.server),) if record.server else ()
 
 
 def send_stop(record: Record, now: float, policy: Policy) -> Step:
-    """Send STOP_DEV, if the server is gone and the state agreed on."""
-    if record.pending or record.server:
+    """Send STOP_DEV, if every server is known to be dead."""
+    if record.pending or record.server or not record.over:
         return record, ()
+    if hands_bound(record, policy):
+        return hold(record, now, policy), ()
     wake = now + policy.stop_timeout_s + _ANSWER_S
     return replace(record, pending=True, wake=wake), (SendStop(record.seq),)
 
@@ -162,10 +187,12 @@ def send_stop(record: Record, now: float, policy: Policy) -> Step:
 def stop_replied(record: Record, error: int, now: float, policy: Policy) -> Step:
     """Take the answer to STOP_DEV: 0, an errno, or ETIMEDOUT for no answer."""
     record = replace(record, pending=False)
+    if record.phase is Phase.STOPPING:
+        return settle(record, now, policy)
     if record.phase is not Phase.FAILING:
-        return replace(record, stopped=record.stopped or not error), ()
+        return replace(record, stopped=record.phase is Phase.FAILED and not error), ()
     if error == errno.ENODEV:
-        return arrive(record, Phase.GONE, now, policy)
+        return arrive(record, Phase.GONE, now)
     return stop_over(record, f"STOP_DEV: {errno_name(error)}" if error else "", now)
 
 

@@ -1,0 +1,264 @@
+"""The machine, fact by fact: servers that attach as they start, and delegates. Rules 3 to 5."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+
+import pytest
+from storyteller import BOOT, NEW, OLD, OTHER, Story
+
+from ublkwatch.events import (
+    AttemptOver,
+    Cancel,
+    EndAttempt,
+    EndReplied,
+    FindServer,
+    Kill,
+    ReadInfo,
+    Ready,
+    Resumed,
+    SendEnd,
+    SendStart,
+    ServerExited,
+    ServerFound,
+    Spawn,
+    Spawned,
+    SpawnFailed,
+    StartReplied,
+    Watch,
+    WriteLine,
+)
+from ublkwatch.model import (
+    Armed,
+    Attach,
+    Generation,
+    Handoff,
+    Order,
+    Phase,
+    Reason,
+    ServerId,
+)
+from ublkwatch.uapi import DevState
+
+FAR = ServerId(900, 9000, BOOT)  # what a server leaves behind when it becomes a daemon
+
+
+@pytest.fixture
+def starts(story: Story) -> Story:
+    """A server that attaches as soon as it starts."""
+    story.policy = replace(story.policy, attach=Attach.START)
+    return story
+
+
+@pytest.fixture
+def delegated(story: Story) -> Story:
+    story.policy = replace(story.policy, handoff=Handoff.DELEGATED)
+    return story
+
+
+def attached(story: Story) -> Story:
+    """Tell it up to the END that sleeps for the new server."""
+    assert story.watching().tell(ServerExited(OLD)) == [ReadInfo()]
+    assert story.tell(story.read(DevState.QUIESCED)) == [SendStart(1)]
+    assert story.tell(StartReplied(1, 0)) == [Spawn(1)]
+    assert story.tell(Spawned(1, NEW)) == [Watch(NEW), SendEnd(1, NEW.pid)]
+    return story
+
+
+def asked(story: Story) -> Story:
+    """Tell it up to the recover command's start."""
+    story.watching().tell(ServerExited(OLD))
+    assert story.tell(story.read(DevState.QUIESCED)) == [Spawn(1)]
+    assert story.tell(Spawned(1, NEW)) == [Watch(NEW)]
+    return story
+
+
+# --- attach = "start" ----------------------------------------------------------------------------
+
+
+def test_a_server_that_attaches_as_it_starts_is_started_behind_start(starts: Story) -> None:
+    attached(starts).tell(EndReplied(1, 0))
+    assert (starts.record.phase, starts.record.server) == (Phase.PROBATION, NEW)
+
+
+def test_its_start_up_is_within_the_deadline(starts: Story) -> None:
+    attached(starts)
+    policy = starts.policy
+    assert starts.record.wake == starts.now + policy.attach_timeout_s + policy.ready_timeout_s
+    starts.outlast()
+    assert (starts.record.phase, starts.record.reason) == (Phase.STOPPING, Reason.ATTACH_TIMEOUT)
+
+
+def test_a_spawn_that_failed_behind_start_is_not_half_attached(starts: Story) -> None:
+    starts.watching().tell(ServerExited(OLD), starts.read(DevState.QUIESCED), StartReplied(1, 0))
+    starts.tell(SpawnFailed(1, "ENOENT"), AttemptOver(1))
+    assert starts.is_in(Phase.BACKOFF)
+    starts.sleep()
+    effects = starts.tell(starts.read(DevState.QUIESCED))
+    g2 = starts.policy.generation is Generation.G2
+    assert effects == ([Spawn(2)] if g2 else [SendStart(2)])  # G2 took it, and takes it once
+
+
+def test_einval_of_end_means_another_process_of_the_attempt_on_g3() -> None:
+    story = attached(Story(attach=Attach.START))
+    assert story.tell(EndReplied(1, errno.EINVAL)) == [FindServer(1)]
+    assert story.tell(ServerFound(1, FAR)) == [Watch(FAR), SendEnd(1, FAR.pid)]
+    story.tell(EndReplied(1, 0))
+    assert (story.record.phase, story.record.server) == (Phase.PROBATION, FAR)
+
+
+def test_einval_of_end_is_a_refusal_on_g2() -> None:
+    story = attached(Story(Generation.G2, attach=Attach.START))
+    assert story.tell(EndReplied(1, errno.EINVAL)) == [EndAttempt(1)]
+
+
+def test_nobody_found_behind_einval_fails_the_attempt() -> None:
+    story = attached(Story(attach=Attach.START))
+    story.tell(EndReplied(1, errno.EINVAL), ServerFound(1, None))
+    assert (story.record.phase, story.record.reason) == (Phase.STOPPING, Reason.END_REFUSED)
+
+
+def test_end_is_sent_a_bounded_number_of_times(story: Story) -> None:
+    story.attaching()
+    while story.is_in(Phase.ATTACHING):
+        story.tell(EndReplied(1, errno.EINTR))
+    assert len([wish for wish in story.wishes if isinstance(wish, SendEnd)]) == 8
+    assert story.record.reason is Reason.END_REFUSED
+
+
+def test_a_server_that_becomes_a_daemon_is_looked_for_until_the_deadline(starts: Story) -> None:
+    attached(starts)
+    assert starts.tell(ServerExited(NEW, "exit status 0", 0)) == [FindServer(1)]
+    assert starts.tell(ServerFound(1, None)) == []  # it has not opened the device yet
+    assert starts.sleep() == [FindServer(1)]
+    assert starts.tell(ServerFound(1, FAR)) == [Watch(FAR), Cancel(1)]
+    assert starts.tell(EndReplied(1, errno.EINTR)) == [SendEnd(1, FAR.pid)]
+    starts.tell(EndReplied(1, 0))
+    assert (starts.record.phase, starts.record.server) == (Phase.PROBATION, FAR)
+
+
+def test_a_daemon_that_never_opens_the_device_ends_at_the_deadline(starts: Story) -> None:
+    attached(starts).tell(ServerExited(NEW, "exit status 0", 0))
+    begun = starts.record.since
+    starts.outlast()
+    assert starts.record.reason is Reason.ATTACH_TIMEOUT
+    assert starts.now - begun <= 46
+
+
+def test_end_that_is_done_before_the_daemon_is_found_is_ours(starts: Story) -> None:
+    attached(starts).tell(ServerExited(NEW, "exit status 0", 0))
+    assert starts.tell(EndReplied(1, 0)) == [FindServer(1)]
+    assert starts.tell(starts.read(DevState.LIVE, FAR)) == [Watch(FAR), ReadInfo()]
+    assert (starts.record.phase, starts.record.server) == (Phase.PROBATION, FAR)
+
+
+def test_a_front_end_that_leaves_in_probation_leaves_its_daemon(starts: Story) -> None:
+    attached(starts).tell(EndReplied(1, 0))
+    assert starts.tell(ServerExited(NEW, "exit status 0", 0)) == [FindServer(1)]
+    assert starts.tell(ServerFound(1, FAR)) == [Watch(FAR), ReadInfo()]
+    starts.sleep()
+    starts.tell(starts.read(DevState.LIVE, FAR))
+    assert (starts.record.phase, starts.record.server) == (Phase.WATCHING, FAR)
+
+
+def test_a_front_end_that_leaves_nobody_died_in_probation(starts: Story) -> None:
+    attached(starts).tell(EndReplied(1, 0), ServerExited(NEW, "exit", 0), ServerFound(1, None))
+    assert starts.record.reason is Reason.DIED_IN_PROBATION
+
+
+# --- delegated -----------------------------------------------------------------------------------
+
+
+def test_a_delegate_speaks_every_command_itself(delegated: Story) -> None:
+    asked(delegated)
+    assert delegated.sleep() == [ReadInfo()]
+    assert delegated.tell(delegated.read(DevState.LIVE, FAR)) == [Watch(FAR), ReadInfo()]
+    delegated.sleep()
+    delegated.tell(delegated.read(DevState.LIVE, FAR))
+    assert (delegated.record.phase, delegated.record.server) == (Phase.WATCHING, FAR)
+    assert not [w for w in delegated.wishes if isinstance(w, SendStart | SendEnd | WriteLine)]
+
+
+def test_a_delegate_that_exits_with_0_is_believed_when_the_device_is_live(
+    delegated: Story,
+) -> None:
+    asked(delegated)
+    assert delegated.tell(ServerExited(NEW, "exit status 0", 0)) == [ReadInfo()]
+    delegated.tell(delegated.read(DevState.QUIESCED))
+    assert delegated.is_in(Phase.ATTACHING)
+    delegated.tell(delegated.read(DevState.LIVE, FAR))
+    assert (delegated.record.phase, delegated.record.server) == (Phase.PROBATION, FAR)
+
+
+@pytest.mark.parametrize("how", ["fails", "hangs"])
+def test_a_delegate_that_fails_is_final_on_g2_and_retried_by_order(
+    delegated: Story, how: str
+) -> None:
+    asked(delegated)
+    if how == "fails":
+        delegated.tell(ServerExited(NEW, "exit status 237", 237))
+    else:
+        delegated.outlast()
+    reason = {"fails": Reason.DELEGATE_FAILED, "hangs": Reason.ATTACH_TIMEOUT}[how]
+    assert (delegated.record.phase, delegated.record.reason) == (Phase.STOPPING, reason)
+    delegated.over()
+    if delegated.policy.generation is Generation.G2:
+        assert (delegated.record.phase, delegated.record.reason) == (Phase.FAILED, reason)
+        assert delegated.ask(Order.RETRY) == [ReadInfo()]
+    else:
+        assert delegated.is_in(Phase.BACKOFF)
+        assert delegated.sleep() == [ReadInfo()]
+    delegated.tell(delegated.read(DevState.QUIESCED))
+    assert delegated.wishes[-1] == Spawn(2)
+
+
+def test_a_delegate_is_waited_for_after_our_restart(delegated: Story) -> None:
+    asked(delegated)
+    assert delegated.tell(Resumed(NEW)) == [Watch(NEW), ReadInfo()]
+    delegated.tell(ServerExited(NEW))  # not our child any more: nobody knows its exit code
+    assert delegated.is_in(Phase.ATTACHING)
+    delegated.tell(delegated.read(DevState.LIVE, FAR))
+    assert delegated.is_in(Phase.PROBATION)
+
+
+def test_a_read_that_names_the_ended_server_is_late(delegated: Story) -> None:
+    asked(delegated)
+    assert delegated.tell(delegated.read(DevState.LIVE, OLD)) == []
+    assert delegated.is_in(Phase.ATTACHING)
+
+
+# --- rule 3: never two ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seq", [0, 1])
+def test_a_server_that_came_up_too_late_is_ended(story: Story, seq: int) -> None:
+    story.draining().tell(SpawnFailed(1, "x"), AttemptOver(1))
+    assert story.tell(Spawned(seq, OTHER)) == [Kill(OTHER)]
+
+
+def test_ready_before_spawned_loses_nothing(story: Story) -> None:
+    story.draining().tell(Ready(1), story.read(DevState.QUIESCED))
+    assert story.tell(Spawned(1, NEW)) == [Watch(NEW), SendStart(1)]
+
+
+@pytest.mark.parametrize("state", [DevState.QUIESCED, DevState.LIVE])
+def test_end_that_is_busy_is_decided_by_two_reads(story: Story, state: DevState) -> None:
+    story.attaching()
+    assert story.tell(EndReplied(1, errno.EBUSY)) == [ReadInfo()]
+    assert story.tell(story.read(DevState.QUIESCED)) == [ReadInfo()]  # as it was a moment ago
+    story.tell(story.read(state, NEW if state is DevState.LIVE else None))
+    live = state is DevState.LIVE
+    assert story.is_in(Phase.PROBATION if live else Phase.STOPPING)
+    assert live or story.record.reason is Reason.END_REFUSED
+
+
+def test_live_by_nobody_we_saw_ends_the_round_of_an_accepted_start() -> None:
+    """Then END without another START would make a false LIVE on G2."""
+    story = Story(Generation.G2).starting()
+    story.tell(ServerExited(NEW), StartReplied(1, 0), AttemptOver(1))
+    assert story.record.armed is Armed.YES
+    story.tell(story.read(DevState.LIVE))  # somebody else's, whom we cannot see
+    story.sleep()
+    story.tell(Spawned(2, OTHER), Ready(2))
+    assert story.tell(story.read(DevState.QUIESCED)) == [SendStart(2)]
