@@ -294,6 +294,15 @@ def test_stop_is_not_sent_where_the_server_may_live(story: Story, pid: int) -> N
     assert story.tell(live) == ([] if pid == 4711 else [SendStop(1)])
 
 
+def test_stop_waits_for_the_servers_end(story: Story) -> None:
+    story.policy = replace(story.policy, hold_timeout_s=5, grace_s=60)
+    story.watching().tell(story.read(DevState.QUIESCED), story.read(DevState.QUIESCED))
+    assert story.tell(Woken(), after_s=6) == [Kill(OLD), ReadInfo()]
+    assert story.tell(*[story.read(DevState.QUIESCED)] * 3) == []
+    assert story.tell(ServerExited(OLD)) == [ReadInfo()]
+    assert story.tell(story.read(DevState.QUIESCED)) == [SendStop(0)]
+
+
 def test_stop_that_fails_or_is_never_sent_rests(story: Story) -> None:
     story.policy = replace(story.policy, on_exhausted=Exhausted.FAIL)
     story.failed()

@@ -293,8 +293,6 @@ def died_in_probation(record: Record, event: ServerExited, now: float, policy: P
 
 def fail(record: Record, reason: Reason, detail: str, now: float) -> Step:
     """End the attempt because it failed; what comes next is settled when it is over."""
-    if record.phase is Phase.STOPPING:  # the first symptom has been counted
-        return record, ()
     failures = (*record.failures[1 - _FAILURES_MAX :], now)
     return _stop(replace(record, failures=failures, reason=reason, detail=detail), None, now)
 
