@@ -27,10 +27,11 @@ POINTS = (
 )
 SPECIAL = (
     *("good", "no-start", "slow-start", "slow-attach", "twice-ready", "mute", "leak"),
-    *("fork-away", "silent", "attach-on-start", "delegated"),
+    *("fork-away", "silent"),
 )
 KINDS = (*(f"{act}-{point}" for act in ("exit", "hang") for point in POINTS), *SPECIAL)
 _OPEN_PATIENCE_S = 10.0
+_BUSY_S = 32.0
 
 
 @dataclass
@@ -67,11 +68,14 @@ class Cast:
         self.lined: dict[int, set[Process]] = {}  # who has read a line, by device
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def start(self, kind: str, dev_id: int, tag: str, home: Home) -> Process:
-        """Start a server that waits for its line, or does what its kind does."""
+    def start(self, kind: str, dev_id: int, tag: str, home: Home, way: str = "line") -> Process:
+        """Start a server of a kind: it waits for its line, attaches at once ("start"), or is a
+        tool that recovers the device by itself ("delegated").
+        """
         assert kind in KINDS
-        process = self.processes.start(kind, tag)
-        self.live(process, self._serve(process, kind, dev_id, home))
+        process = self.processes.start(kind if way == "line" else f"{kind}, {way},", tag)
+        life = self._delegated if way == "delegated" else self._serve
+        self.live(process, life(process, kind, dev_id, home if way == "line" else None))
         return process
 
     def create(self, kind: str, dev_id: int) -> Process:
@@ -94,14 +98,12 @@ class Cast:
         await self.driver.call("START_DEV", dev_id, pid=process.pid)
         await self._serve_on(process, kind, device)
 
-    async def _serve(self, process: Process, kind: str, dev_id: int, home: Home) -> None:
-        if kind == "delegated":
-            await self._delegated(process, dev_id)
+    async def _serve(self, process: Process, kind: str, dev_id: int, home: Home | None) -> None:
         await self._pause(0.01, 0.3)
         if kind == "slow-start":
             await self._pause(5, 40)
         await self._at("at-start", process, kind)
-        if kind != "attach-on-start":
+        if home is not None:
             if kind != "mute":
                 home.notify()
             if kind == "twice-ready":
@@ -179,17 +181,40 @@ class Cast:
             if number == 0:
                 await self._at("after-one-queue", process, kind)
 
-    async def _delegated(self, process: Process, dev_id: int) -> NoReturn:
+    async def _delegated(
+        self, process: Process, kind: str, dev_id: int, _home: Home | None
+    ) -> NoReturn:
         """A tool that sends START, serves in a child that it daemonised, and sends END itself."""
+        await self._pause(0.01, 0.3)
+        if kind == "slow-start":
+            await self._pause(5, 40)
+        await self._at("at-start", process, kind)
         try:
-            await self.driver.call("START_USER_RECOVERY", dev_id)
-            child = self.processes.start("daemon", process.tag)
-            self.live(child, self._go_on(child, "good", dev_id))
-            await self.driver.call("END_USER_RECOVERY", dev_id, pid=child.pid)
+            await self._send_start(dev_id)
+            await self._at("after-line", process, kind)
+            child = self.processes.start(f"{kind}, daemon,", process.tag)
+            self.live(child, self._go_on(child, kind, dev_id))
+            end = self.driver.send("END_USER_RECOVERY", dev_id, pid=child.pid)
+            process.on_end.append(end.cancel)  # as the kernel does for what a dead one waits for
+            failed = bool(await asyncio.shield(end.done))
         except CtrlError as error:
             self._note(str(process), str(error))
-            self._exit(process, "exit status 237")
-        self._exit(process, "exit status 0")
+            failed = True
+        self._exit(process, "exit status 237" if failed else "exit status 0")
+
+    async def _send_start(self, dev_id: int) -> None:
+        """Send START, again while EBUSY: as ublksrv does (9.2), for as long."""
+        clock = asyncio.get_running_loop().time
+        give_up = clock() + _BUSY_S
+        while True:
+            try:
+                await self.driver.call("START_USER_RECOVERY", dev_id)
+            except CtrlError as error:
+                if error.errno != errno.EBUSY or clock() > give_up:
+                    raise
+            else:
+                return
+            await asyncio.sleep(0.05)
 
     # --- what happens to them --------------------------------------------------------------------
 

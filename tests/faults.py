@@ -18,14 +18,14 @@ from processes import Process
 from twin import Command
 from twin_device import Device
 
-from ublkwatch.model import Reason
+from ublkwatch.model import Order, Reason
 from ublkwatch.uapi import DevState
 
 if TYPE_CHECKING:
     from world import World
 
 Act = Callable[["World"], Coroutine[Any, Any, None]]
-_HALF = frozenset({Reason.HALF_ATTACHED, Reason.LIVE_WITHOUT_SERVER})
+HALF = frozenset({Reason.HALF_ATTACHED, Reason.LIVE_WITHOUT_SERVER})
 _NOBODY = frozenset[Reason]()
 
 
@@ -218,23 +218,51 @@ async def kill_silent_servers(world: World) -> None:
             process.end()
 
 
+async def hold(world: World) -> None:
+    """An operator holds the device, and releases it after a while."""
+    await world.pause(0, world.rng.choice([0.05, 0.5, 5]))
+    until = world.loop.time() + 30 if world.rng.random() < 0.3 else None
+    world.order(Order.HOLD, until)
+    await world.pause(0.1, world.rng.choice([0.5, 5, 50]))
+    world.order(Order.RELEASE)
+    await asyncio.sleep(35)
+    world.order(Order.RELEASE)  # in our next life too, should we have died between
+
+
+async def forget(world: World) -> None:
+    """An operator has the device forgotten, and takes that back."""
+    await world.pause(0, world.rng.choice([0.05, 0.5, 5]))
+    world.order(Order.FORGET)
+    await world.pause(0.1, 5)
+    for _ in range(200):  # refused while nothing was read, or an attempt is being ended
+        world.order(Order.RECOVER)
+        await asyncio.sleep(1)
+
+
+async def impatience(world: World) -> None:
+    """An operator asks for everything, again and again."""
+    for _ in range(30):
+        await world.pause(0, 0.5)
+        world.order(world.rng.choice([Order.RECOVER, Order.RETRY]))
+
+
 FAULTS: dict[str, Fault] = {
-    "stranger": Fault(stranger, frozenset({Reason.CHAR_DEVICE_BUSY}), _HALF),
-    "mapping stranger": Fault(mapping_stranger, frozenset({Reason.CHAR_DEVICE_BUSY}), _HALF),
-    "rival": Fault(rival, frozenset({Reason.CHAR_DEVICE_BUSY}), _HALF | {Reason.START_REFUSED}),
+    "stranger": Fault(stranger, frozenset({Reason.CHAR_DEVICE_BUSY}), HALF),
+    "mapping stranger": Fault(mapping_stranger, frozenset({Reason.CHAR_DEVICE_BUSY}), HALF),
+    "rival": Fault(rival, frozenset({Reason.CHAR_DEVICE_BUSY}), HALF | {Reason.START_REFUSED}),
     "stop": Fault(stop, stops=True),
     "delete": Fault(delete, stops=True),
     "delete and add again": Fault(stop_and_readd, stops=True),
-    "wedge": Fault(wedge, frozenset({Reason.NO_ANSWER}), _HALF),
+    "wedge": Fault(wedge, frozenset({Reason.NO_ANSWER}), HALF),
     "START lost": Fault(
-        lose("START_USER_RECOVERY", "command"), frozenset({Reason.NO_ANSWER}), _HALF
+        lose("START_USER_RECOVERY", "command"), frozenset({Reason.NO_ANSWER}), HALF
     ),
     "START's reply lost": Fault(
-        lose("START_USER_RECOVERY", "reply"), frozenset({Reason.NO_ANSWER}), _HALF
+        lose("START_USER_RECOVERY", "reply"), frozenset({Reason.NO_ANSWER}), HALF
     ),
-    "END lost": Fault(lose("END_USER_RECOVERY", "command"), frozenset({Reason.NO_ANSWER}), _HALF),
+    "END lost": Fault(lose("END_USER_RECOVERY", "command"), frozenset({Reason.NO_ANSWER}), HALF),
     "END's reply lost": Fault(
-        lose("END_USER_RECOVERY", "reply"), frozenset({Reason.NO_ANSWER}), _HALF
+        lose("END_USER_RECOVERY", "reply"), frozenset({Reason.NO_ANSWER}), HALF
     ),
     "params lost": Fault(lose("GET_PARAMS", "reply"), early=True),
     "blind": Fault(blind),
@@ -243,8 +271,11 @@ FAULTS: dict[str, Fault] = {
     "undying": Fault(undying, frozenset({Reason.NO_ANSWER}), early=True),
     "disk full": Fault(disk_full),
     "stall": Fault(stall),
-    "death": Fault(death, frozenset(), _HALF),
+    "death": Fault(death, frozenset(), HALF),
     "saturated": Fault(saturated),
+    "hold": Fault(hold),
+    "forget": Fault(forget, on_g2=HALF, observes=frozenset({Reason.FORGOTTEN})),
+    "impatience": Fault(impatience),
     "stop a silent server": Fault(
         stop_a_silent_server, frozenset({Reason.NO_ANSWER}), stops=True
     ),
@@ -260,4 +291,4 @@ HALF_ATTACHING = (
 def excuses(kind: str) -> frozenset[Reason]:
     """Return for what a server of that kind excuses giving up, on G2."""
     half = kind.partition("-")[2] in HALF_ATTACHING or kind in ("fork-away", "slow-attach")
-    return _HALF if half or kind in ("exit-after-live", "leak") else _NOBODY
+    return HALF if half or kind in ("exit-after-live", "leak") else _NOBODY

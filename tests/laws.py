@@ -8,9 +8,18 @@ from cast import holder
 from twin import Command
 
 from ublkwatch.events import Transition
-from ublkwatch.model import Phase, Reason, Record, RecoveryMode, ServerId
+from ublkwatch.model import (
+    Exhausted,
+    Generation,
+    Handoff,
+    Phase,
+    Reason,
+    Record,
+    RecoveryMode,
+    ServerId,
+)
 from ublkwatch.uapi import DevState
-from ublkwatch.verdict import PERMANENT
+from ublkwatch.verdict import PERMANENT, SAYS_FAIL
 
 if TYPE_CHECKING:
     from world import World
@@ -27,6 +36,7 @@ class Laws:
         self.broken: list[str] = []
         self._dead: dict[int, float] = {}  # when DEAD was read
         self._spawns: dict[int, list[float]] = {}
+        self._lost_at: float | None = None
 
     def _break(self, what: str) -> None:
         self._world.note("LAW BROKEN", what)
@@ -53,6 +63,8 @@ class Laws:
         """One START or END at a time; END only in a round that a START began."""
         if command not in ("START_USER_RECOVERY", "END_USER_RECOVERY"):
             return
+        if self._world.policy.handoff is Handoff.DELEGATED:
+            self._break(f"{command}, where the server's own command does that")
         self._acts(command, dev_id)
         self._committed(command, dev_id, Phase.STARTING if "START" in command else Phase.ATTACHING)
         pending = [
@@ -60,7 +72,8 @@ class Laws:
             for one in sent
             if one.dev_id == dev_id and not one.done.done() and "RECOVERY" in one.name
         ]
-        if pending:
+        vouched = self._world.budgets + self._world.decisions > 1  # a person or his command said so
+        if pending and not (vouched and command.startswith("START")):
             self._break(f"{command} while {pending[0]} is with the kernel")
         device = self._world.driver.devices.get(dev_id)
         if command == "START_USER_RECOVERY" or "rival" in self._world.story.faults:
@@ -76,7 +89,8 @@ class Laws:
 
     def spawns(self, dev_id: int, tag: str) -> None:
         """Attempts are within the policy's budget: one more for each life that was lost."""
-        self._acts("a new server", dev_id)
+        if not self._world.disk_full:  # then that it is DEAD could not be saved, nor acted upon
+            self._acts("a new server", dev_id)
         record = self._world.records.get(dev_id)
         if record is None or record.seq < int(tag.rpartition("-")[2]):
             self._break(f"server {tag}, and the store knows nothing of it: {record}")
@@ -90,8 +104,24 @@ class Laws:
         now, policy = self._world.loop.time(), self._world.policy
         recent = [at for at in self._spawns.get(dev_id, []) if now - at < policy.window_s]
         self._spawns[dev_id] = [*recent, now]
-        if len(recent) >= policy.attempts_max + self._world.lives + self._world.recovered:
+        # What brings another budget: an operator, or the command that decides for him.
+        budgets = self._world.budgets + self._world.decisions
+        most = policy.attempts_max * budgets + self._world.lives + self._world.recovered
+        if len(recent) >= most:
             self._break(f"attempt {len(recent) + 1} within {policy.window_s:g} s")
+
+    def stops(self, dev_id: int) -> None:
+        """STOP_DEV is the operator's choice, and only a device without a server is stopped."""
+        policy, now = self._world.policy, self._world.loop.time()
+        late = policy.hold_timeout_s and self._lost_at is not None
+        late = late and now >= (self._lost_at or now) + policy.hold_timeout_s
+        said = policy.on_exhausted is Exhausted.EXEC and self._world.decision == SAYS_FAIL
+        if not (late or said or policy.on_exhausted is Exhausted.FAIL):
+            self._break("STOP_DEV, and nobody asked for it")
+        device = self._world.driver.devices.get(dev_id)
+        serves = holder(device) if device is not None else None
+        if serves is not None and device is not None and device.state is DevState.LIVE:
+            self._break(f"STOP_DEV while {serves} serves")
 
     def kills(self, server: ServerId) -> None:
         """No server that serves is killed: but for what an attempt that failed left."""
@@ -116,6 +146,8 @@ class Laws:
             self._break(f"the line for {tag} while there is {', '.join(others)}")
 
     def transition(self, transition: Transition) -> None:
+        if transition.before.phase in (Phase.WATCHING, Phase.OBSERVED):
+            self._lost_at = transition.now
         if transition.after.reason is Reason.INTERNAL_ERROR:
             self._break(f"a bug: {transition.after.detail}")
 
@@ -126,7 +158,8 @@ class Laws:
         world = self._world
         if not settled:
             self._break(f"it never came to rest: {record.phase.value if record else 'no record'}")
-        for oops in world.driver.oopses:
+        rivals = "rival" in world.story.faults and world.policy.handoff is Handoff.DELEGATED
+        for oops in () if rivals else world.driver.oopses:  # neither of two tools is ours to stop
             self._break(f"the kernel: {oops}")
         for leak in world.loop.leaks():
             self._break(f"an error that nobody took: {leak}")
@@ -141,7 +174,7 @@ class Laws:
         if record is None:
             if device is not None and device.state is not DevState.DEAD:
                 self._break(f"the device is {device.state.name}, and forgotten")
-            elif not story.stops and story.mode is not RecoveryMode.NONE:
+            elif not (story.stops or self._world.stops_late or story.mode is RecoveryMode.NONE):
                 self._break("the device is gone, and nobody stopped it")
             return
         if record.phase is Phase.WATCHING:
@@ -155,10 +188,19 @@ class Laws:
             if record.reason not in story.observes:
                 self._break(f"OBSERVED: {record.reason}")
             return
+        self._gave_up(record)
+
+    def _gave_up(self, record: Record) -> None:
+        story = self._world.story
         if record.phase is not Phase.FAILED or record.reason is None:
             self._break(f"it rests in {record.phase}")
+        elif record.reason in (Reason.HOLD_TIMEOUT, Reason.SHUTDOWN, Reason.HELD):
+            if not record.stopped:
+                self._break(f"FAILED: {record.reason.name}")
         elif record.reason in _MAY_FAIL:
-            if len(record.failures) < self._world.policy.attempts_max:
+            half = story.generation is Generation.G2 and story.way == "delegated"
+            early = record.stopped and self._world.policy.hold_timeout_s
+            if len(record.failures) < self._world.policy.attempts_max and not (half or early):
                 self._break(f"FAILED after {len(record.failures)} failures: {record.reason}")
         elif record.reason not in story.reasons:
             self._break(f"FAILED: {record.reason.name} ({record.detail})")

@@ -113,7 +113,10 @@ class Life:
         self._before(command)
         self.world.laws.sends(command, dev_id, self._sent)
         lost = self.world.lost(command)
-        if command.endswith("_RECOVERY"):
+        if command == "STOP_DEV":
+            self.world.laws.stops(dev_id)
+            self.world.stopped = True
+        if command.endswith("_RECOVERY") or command == "STOP_DEV":
             self.world.note("supervisor", f"sends {command} ublk {dev_id}")
         cancelled = asyncio.Event()
         self.commands[key] = (command, None, cancelled)
@@ -127,6 +130,8 @@ class Life:
         finally:
             work.cancel()
             self.commands.pop(key, None)
+        if command == "STOP_DEV" and error == errno.ETIMEDOUT:
+            self.world.stops_late = True
         self._after(command)
         if error:
             raise CtrlError(error, command, dev_id)
@@ -256,7 +261,7 @@ class Life:
             raise OSError(errno.ENOENT, "No such file or directory: '/bin/server'")
         home = self.world.homes[tag] = Home()
         self.listen(tag)
-        process = self.world.cast.start(kind, dev_id, tag, home)
+        process = self.world.cast.start(kind, dev_id, tag, home, self.world.story.way)
         process.dies_in_s = self.world.dies_in_s
         self._children.add(process.pid)
         self.world.note("supervisor", f"starts {process}, attempt {tag}")
@@ -296,6 +301,7 @@ class Life:
     ) -> tuple[str, int | None]:
         del command, about, timeout_s
         self._before("decide")
+        self.world.decisions += 1
         await asyncio.sleep(self.world.rng.uniform(0.01, 2))
         self._after("decide")
         return "exit status", self.world.decision

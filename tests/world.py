@@ -21,24 +21,46 @@ if __package__:  # as `python -m tests.world`; pytest and mypy find the neighbou
 
 import virtual
 from cast import KINDS, Cast, Home, holder
-from faults import FAULTS, excuses, kill_silent_servers
+from faults import FAULTS, HALF, excuses, kill_silent_servers
 from laws import Laws
 from life import Life
 from processes import Process, Processes
 from twin import Driver
 from twin_device import Device
 
-from ublkwatch.events import Transition
-from ublkwatch.model import Care, Generation, Phase, Policy, Reason, Record, RecoveryMode, Spec
+from ublkwatch.events import Asked, Transition
+from ublkwatch.model import (
+    Attach,
+    Care,
+    Exhausted,
+    Generation,
+    Handoff,
+    Order,
+    Phase,
+    Policy,
+    Reason,
+    Record,
+    RecoveryMode,
+    Spec,
+)
 from ublkwatch.uapi import DevFlags
 
 PLAIN = DevFlags.USER_RECOVERY
 REISSUE = PLAIN | DevFlags.USER_RECOVERY_REISSUE
 FAIL_IO = PLAIN | DevFlags.USER_RECOVERY_FAIL_IO
-UNSUPPORTED = ("attach-on-start", "delegated")  # the machine does not know such servers yet
-_RESTS = {Phase.WATCHING, Phase.OBSERVED, Phase.FAILED}
+_RESTS = {Phase.WATCHING, Phase.OBSERVED, Phase.FAILED, Phase.HELD}
 _QUIET_S = 12.0  # at rest for so long is at rest
 _MOST_S = 900.0  # what all deadlines together may take, once nothing interferes any more
+
+
+# What an operator may have chosen, besides the defaults.
+POLICIES: tuple[tuple[tuple[str, Any], ...], ...] = (
+    (),
+    (("on_exhausted", Exhausted.FAIL),),
+    (("hold_timeout_s", 20.0),),
+    (("grace_s", 2.0),),
+    (("on_exhausted", Exhausted.EXEC), ("decisions_max", 2)),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +77,8 @@ class Story:
     ] = ()  # the servers that are started, one for each attempt, then good ones
     faults: tuple[str, ...] = ()
     death: tuple[str, int] | None = None
+    way: str = "line"  # how servers attach: by their line, as they "start", or "delegated"
+    policy: tuple[tuple[str, Any], ...] = ()  # what the operator chose besides
 
     @property
     def mode(self) -> RecoveryMode:
@@ -70,7 +94,9 @@ class Story:
             if self.generation is Generation.G2:
                 found |= FAULTS[name].on_g2
         for kind in self.kinds:
-            found |= excuses(kind) if self.generation is Generation.G2 else set()
+            if self.generation is Generation.G2:
+                # Who waits for no line may have touched the device whenever he fails.
+                found |= excuses(kind) if self.way == "line" else HALF
             if kind == "leak":
                 found |= {Reason.NOT_QUIESCED, Reason.CHAR_DEVICE_BUSY}
         if self.death and self.generation is Generation.G2:
@@ -95,7 +121,6 @@ class Story:
     def of(cls, seed: int) -> Story:
         """Let a seed choose."""
         rng = random.Random(seed)  # noqa: S311 - chance that can be replayed
-        kinds = [kind for kind in KINDS if kind not in UNSUPPORTED]
         bad = rng.choices((0, 1, 2, 6), (3, 4, 2, 1))[0]
         wrong = rng.choices((0, 1, 2, 3), (3, 5, 2, 1))[0]
         return cls(
@@ -104,8 +129,10 @@ class Story:
             flags=rng.choices((REISSUE, PLAIN, FAIL_IO, DevFlags(0)), (6, 2, 2, 1))[0],
             queues=rng.choice((1, 2, 3)),
             depth=rng.choice((1, 2, 4)),
-            kinds=tuple(rng.choice(kinds) for _ in range(bad)),
+            kinds=tuple(rng.choice(KINDS) for _ in range(bad)),
             faults=tuple(rng.sample(sorted(FAULTS), wrong)),
+            way=rng.choices(("line", "start", "delegated"), (4, 1, 1))[0],
+            policy=rng.choices(POLICIES, (8, 2, 2, 2, 1))[0],
         )
 
 
@@ -128,14 +155,25 @@ class World:
     torn: int = 0  # so many reads show QUIESCED while the device is LIVE
     dies_in_s: float = 0.0  # how long a server that is started now takes to die
     stopped: bool = False  # somebody sent STOP_DEV or DEL_DEV
+    stops_late: bool = False  # the supervisor's STOP_DEV is with the kernel still
+    decisions: int = 0  # how often the operator's command was asked
+    budgets: int = 1  # every order to go on brings another
     effects: int = 0
     lives: int = 0
     recovered: int = 0
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.story.seed)  # noqa: S311 - chance that can be replayed
-        self.policy = Policy(generation=self.story.generation)
-        self.cares = {0: Care(("/bin/server",), self.policy)}
+        delegated, start = self.story.way == "delegated", self.story.way == "start"
+        self.policy = Policy(
+            generation=self.story.generation,
+            handoff=Handoff.DELEGATED if delegated else Handoff.MANAGED,
+            attach=Attach.START if start else Attach.LINE,
+            attach_timeout_s=60 if delegated else 15,
+            **dict(self.story.policy),
+        )
+        self.cares = {0: Care(("/bin/server",), self.policy, ("/bin/decide",))}
+        self.decision = self.rng.choice([None, 0, 10, 20])
         self.processes = Processes()
         self.driver = Driver(
             self.story.generation, self.rng, note=lambda text: self.note("kernel", text)
@@ -211,6 +249,13 @@ class World:
     def kill_supervisor(self) -> None:
         if self.life is not None:
             self.life.die()
+
+    def order(self, order: Order, until: float | None = None) -> None:
+        """Ask the supervisor for something, as its admin socket does."""
+        if self.life is not None:
+            refusal = self.life.monitor.ask(0, Asked(order, "somebody", until))
+            self.budgets += not refusal and order in (Order.RETRY, Order.RECOVER)
+            self.note("operator", f"asks: {order.value}{refusal and ', refused: '}{refusal}")
 
     async def operator(self, command: str) -> None:
         self.note("operator", f"sends {command}")
@@ -321,9 +366,7 @@ class _Said(logging.Handler):
 
     def __init__(self, world: World) -> None:
         super().__init__()
-        self._world = world
-
-        self._last = ""
+        self._world, self._last = world, ""
 
     def emit(self, record: logging.LogRecord) -> None:
         if (text := record.getMessage()) != self._last:
