@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from storyteller import Story
+from stories import Story
 
 from ublkwatch.model import Generation
 

@@ -198,8 +198,8 @@ def kind(record: Record, *, ending: bool) -> tuple[object, ...]:
     nobody, untried = record.server is None, record.candidate is None
     match record.phase:
         case Phase.OBSERVED | Phase.WATCHING:
-            stuck = record.pending, record.over
-            return (*common, nobody, record.reason, state, bool(record.crippled), stuck)
+            left = (nobody, untried, record.pending, record.over)
+            return (*common, left, record.reason, state, bool(record.crippled))
         case Phase.DRAINING:
             return (*common, nobody, untried, record.ready, record.agreed, record.armed)
         case Phase.STARTING:

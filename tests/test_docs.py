@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from draw import redrawn
 
-from ublkwatch import cli, config
+from ublkwatch import cli, config, recovery
 from ublkwatch.model import Order, Phase, Reason
 
 TOP = Path(__file__).parent.parent
@@ -29,6 +29,13 @@ def test_every_phase_is_explained() -> None:
 
 def test_the_diagram_is_the_machine() -> None:
     assert redrawn(RECOVERY) == RECOVERY, "python -m tests.draw draws it anew"
+
+
+def test_every_rule_of_the_machine_has_its_stories() -> None:
+    rules = set(re.findall(r"^ ?(\d+)\. ", recovery.__doc__ or "", re.MULTILINE))
+    heads = [path.read_text().splitlines()[0] for path in (TOP / "tests").glob("test_recovery*.py")]
+    told = {rule for head in heads for rule in re.findall(r"\b\d+", head)}
+    assert rules == told == {str(number) for number in range(1, 13)}
 
 
 def test_every_setting_that_the_documents_name_exists() -> None:

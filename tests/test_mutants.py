@@ -63,8 +63,7 @@ def run(path: Path, top: Path) -> subprocess.CompletedProcess[str]:
     shutil.copytree(TOP / "docs", top / "docs")
     mutant.apply(top)
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        + [f"tests/{mutant.test}"],
+        [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", f"tests/{mutant.test}"],
         cwd=top,
         env={**os.environ, "UBLKWATCH_LAW_EXAMPLES": LAW_EXAMPLES, "COLUMNS": "200"},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The machine, fact by fact: the managed hand-off. Rules 1 to 4, 6, 7 and 9."""
+"""The machine, fact by fact: the managed hand-off. Rules 1, 2, 3, 4, 6, 7, 9."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 from dataclasses import replace
 
 import pytest
-from storyteller import BOOT, INFO, NEW, OLD, OTHER, Story
+from stories import BOOT, INFO, NEW, OLD, OTHER, Story
 
 from ublkwatch.events import (
     AttemptOver,

@@ -1,4 +1,4 @@
-"""The machine, fact by fact: attempts that fail, and giving up. Rules 5, 8 and 10."""
+"""The machine, fact by fact: attempts that fail, and giving up. Rules 5, 8, 10."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 from dataclasses import replace
 
 import pytest
-from storyteller import BOOT, INFO, NEW, OLD, OTHER, Story
+from stories import BOOT, INFO, NEW, OLD, OTHER, Story
 
 from ublkwatch import orders
 from ublkwatch.events import (
@@ -450,6 +450,9 @@ def test_a_quarantined_device_is_left_alone_and_wakes_nobody(story: Story) -> No
     )
     assert story.tell(story.read(DevState.QUIESCED), Woken(), after_s=10) == []
     assert story.record.next_wake() is None
-    assert story.tell(story.read(DevState.LIVE, OTHER)) == []
+    quarantined = story.record
     story.tell(story.read(DevState.DEAD))
     assert story.is_in(Phase.GONE)
+    story.record = quarantined
+    story.tell(story.read(DevState.LIVE, OTHER))
+    assert story.is_in(Phase.WATCHING)

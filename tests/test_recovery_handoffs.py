@@ -1,4 +1,4 @@
-"""The machine, fact by fact: servers that attach as they start, and delegates. Rules 3 to 5."""
+"""The machine, fact by fact: servers that attach as they start, and delegates. Rules 3, 4, 5."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 from dataclasses import replace
 
 import pytest
-from storyteller import BOOT, NEW, OLD, OTHER, Story
+from stories import BOOT, NEW, OLD, OTHER, Story
 
 from ublkwatch.events import (
     AttemptOver,

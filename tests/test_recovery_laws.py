@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -52,7 +53,6 @@ from ublkwatch.events import (
 from ublkwatch.model import (
     Armed,
     Attach,
-    DevInfo,
     Exhausted,
     Generation,
     Handoff,
@@ -86,12 +86,16 @@ CHOICES = tuple(
     for attempts, chance in ((1, 0.0), (3, 1.0))
     for exhausted in Exhausted
 )
+REPLIES: dict[type[Effect], Callable[[int, int], Event]] = {
+    SendStart: StartReplied,
+    SendEnd: EndReplied,
+    SendStop: StopReplied,
+}
 reached: set[Phase] = set()
 
 
-def read(state: DevState | int, server: ServerId | None = None, **info: int) -> InfoRead:
-    known: DevInfo = replace(INFO, state=state, **info)
-    return InfoRead(known, INSTANCE, server)
+def read(state: DevState | int, server: ServerId | None = None, pid: int = -1) -> InfoRead:
+    return InfoRead(replace(INFO, state=state, ublksrv_pid=pid), INSTANCE, server)
 
 
 @dataclass
@@ -122,7 +126,7 @@ class World:
             read(DevState.LIVE),
             read(DevState.LIVE, serving),
             read(DevState.LIVE, serving),
-            read(DevState.LIVE, record.ended, ublksrv_pid=9),
+            read(DevState.LIVE, record.ended, 9),
         ]
         for server in (record.server, record.candidate):
             if server:
@@ -134,9 +138,8 @@ class World:
             facts += [SpawnFailed(seq, "ENOENT")]
         elif record.phase is Phase.DRAINING:
             facts += [Ready(seq)] * 4
-        replies = {SendStart: StartReplied, SendEnd: EndReplied, SendStop: StopReplied}
         if self.command:
-            reply = replies[self.command]  # type: ignore[index]
+            reply = REPLIES[self.command]
             facts += [reply(seq, 0)] * 5
             errors = (errno.EBUSY, errno.EINVAL, errno.EINTR, errno.ETIMEDOUT, errno.ENODEV)
             facts += [reply(seq, error) for error in errors]
@@ -339,6 +342,7 @@ class World:
         pytest.fail(f"busy loop: {record}")
 
 
+@pytest.mark.timeout(300)  # to find a shorter story of a failure takes its time
 @settings(LAWS)
 @given(st.binary(min_size=16, max_size=90), st.sampled_from(CHOICES))
 def test_the_machine_keeps_its_laws(choices: bytes, policy: Policy) -> None:
@@ -372,7 +376,7 @@ def test_what_is_not_listened_to_would_change_nothing(choices: bytes, policy: Po
         record = world.record
         for told in ALPHABET:
             if type(told.event) in DEAF[record.phase]:
-                event = told.event
+                event: Event = told.event
                 if hasattr(event, "seq"):
-                    event = replace(event, seq=record.seq)  # type: ignore[call-arg]
+                    event = replace(event, seq=record.seq)  # type: ignore[arg-type]
                 assert answer(record, event, world.now, world.policy) == (record, ())

@@ -6,7 +6,7 @@ import errno
 from dataclasses import replace
 
 import pytest
-from storyteller import NEW, OLD, OTHER, Story
+from stories import NEW, OLD, OTHER, Story
 
 from ublkwatch.events import (
     AttemptOver,

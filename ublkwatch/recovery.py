@@ -84,7 +84,7 @@ def answer(record: Record, event: Event, now: float, policy: Policy) -> Step:
     if record.phase is Phase.GONE:
         return record, ()
     if record.reason is Reason.INTERNAL_ERROR:
-        return _quarantined(record, event, now)
+        return _quarantined(record, event, now, policy)
     match event:
         case InfoMissing():
             return attempt.leave(record, Phase.GONE, now)
@@ -184,15 +184,15 @@ def _unwanted(event: Event) -> tuple[Effect, ...]:
     return (Kill(event.server),) if isinstance(event, Spawned) else ()
 
 
-def _quarantined(record: Record, event: Event, now: float) -> Step:
-    """Keep the hands off a device over which our own code failed, until somebody serves it."""
+def _quarantined(record: Record, event: Event, now: float, policy: Policy) -> Step:
+    """Keep the hands off a device over which our own code failed, until a server serves it."""
     match event:
         case InfoMissing():
-            return verdict.arrive(record, Phase.GONE, record.since)
+            return verdict.arrive(record, Phase.GONE, now)
         case InfoRead() if event.instance != record.instance or event.info.state is DevState.DEAD:
-            return verdict.arrive(record, Phase.GONE, record.since)
-        case InfoRead() if event.info.state is DevState.LIVE and event.server:
-            return outage.adopt(replace(record, info=event.info), event.server, now)
+            return verdict.arrive(record, Phase.GONE, now)
+        case InfoRead() if event.server and event.info.state is DevState.LIVE:
+            return outage.on_info(record, event, now, policy)
         case InfoRead():
             record = replace(record, info=event.info)
     return replace(record, wake=None, give_up_at=None, held_until=None), ()
