@@ -42,6 +42,8 @@ ATTEMPTING = frozenset(
 )
 _FAILURES_MAX = 1000  # remembered
 LOOK_AGAIN_S = 1.0  # for the process that a server left behind
+# What a command ends with that was cancelled, or whose worker died: EIO is the worker's own.
+INTERRUPTED = (errno.EINTR, errno.EIO)
 _ENDS_MAX = 8  # how often END is sent for one server, whatever the answers
 
 
@@ -128,7 +130,7 @@ def start_replied(record: Record, error: int, now: float, policy: Policy) -> Ste
     )
     if taken:
         record = replace(record, armed=Armed.YES, lined=False)
-    elif error in (errno.ETIMEDOUT, errno.EINTR):
+    elif error in (errno.ETIMEDOUT, *INTERRUPTED):
         record = replace(record, armed=Armed.UNSURE)
     elif record.armed is Armed.SENT:
         record = replace(record, armed=Armed.NO)
@@ -148,6 +150,7 @@ def start_replied(record: Record, error: int, now: float, policy: Policy) -> Ste
     reasons = {
         errno.EBUSY: Reason.CHAR_DEVICE_BUSY,
         errno.EINTR: Reason.START_INTERRUPTED,
+        errno.EIO: Reason.START_INTERRUPTED,
         errno.ETIMEDOUT: Reason.NO_ANSWER,
     }
     return fail(record, reasons.get(error, Reason.START_REFUSED), detail, now)
@@ -197,7 +200,7 @@ def end_replied(record: Record, error: int, now: float, policy: Policy) -> Step:
         return record, (FindServer(record.seq),)
     if error == errno.EBUSY:  # maybe LIVE already, by somebody else's END: the state will tell
         return replace(record, refused=name, agreed=0), (ReadInfo(),)
-    if error == errno.EINTR and record.candidate and record.ends < _ENDS_MAX:
+    if error in INTERRUPTED and record.candidate and record.ends < _ENDS_MAX:
         return send_end(record)  # interrupted, and the server is still at it
     if error == errno.EINVAL and policy.generation is Generation.G3 and record.ends < _ENDS_MAX:
         # Everything is fetched, but by another process than the one that we started.

@@ -72,6 +72,7 @@ class Monitor:
         self._performer = Performer(edges, cares, specs, self)
         self._waiting: dict[int, asyncio.Future[str]] = {}  # for an order to be taken, by its id()
         self._shutting_down = False
+        self._unreadable: dict[int, int | None] = {}  # by device: what GET_DEV_INFO failed with
         self._look = asyncio.Event()
         self._interval_s = 0.0
         self._ran = edges.clock()
@@ -327,8 +328,12 @@ class Monitor:
             if error.errno == errno.ENODEV:
                 self._abandon_former(dev_id)
                 return InfoMissing()
-            _log.warning("ublk %d: %s", dev_id, error)
+            if self._unreadable.get(dev_id) != error.errno:  # once, and not with every poll
+                self._unreadable[dev_id] = error.errno
+                hint = "; an unprivileged device?" if error.errno == errno.EINVAL else ""
+                _log.warning("ublk %d: %s%s", dev_id, error, hint)
             return None
+        self._unreadable.pop(dev_id, None)
         instance = self._edges.instance(dev_id)
         record = self._records.get(dev_id)
         if instance is None and info.state is not DevState.DEAD:

@@ -137,7 +137,7 @@ def _again(record: Record, now: float, policy: Policy) -> Step:
         lined=False,
         armed=armed,
         marks=started,
-        give_up_at=now + policy.hold_timeout_s if policy.hold_timeout_s else None,
+        give_up_at=verdict.patience_ends(record, now, policy),
         overdue=False,
         detected_by=record.detected_by or "startup",
     )

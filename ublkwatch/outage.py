@@ -186,7 +186,7 @@ def lost(record: Record, now: float, policy: Policy, by: str) -> Step:
         decisions=0,
         failures=() if stable else recent,
         marks=(("lost", now),),
-        give_up_at=now + policy.hold_timeout_s if policy.hold_timeout_s else None,
+        give_up_at=verdict.patience_ends(record, now, policy),
         overdue=False,
         agreed=0,
     )

@@ -48,7 +48,7 @@ def document(  # noqa: PLR0913 - each by its name
 ) -> dict[str, Any]:
     """Return the status document of this moment; ``generation`` is the driver's."""
     devices = [
-        _device(record, policy(record.dev_id), wall - now)
+        _device(record, policy(record.dev_id), now, wall - now)
         for record in sorted(records, key=lambda record: record.dev_id)
     ]
     return {
@@ -60,10 +60,11 @@ def document(  # noqa: PLR0913 - each by its name
     }
 
 
-def _device(record: Record, policy: Policy, offset: float) -> dict[str, Any]:
+def _device(record: Record, policy: Policy, now: float, offset: float) -> dict[str, Any]:
     info = record.info
     mode = RecoveryMode.of(info.flags) if info else None
-    recent = [at for at in record.failures if record.since - at <= policy.window_s]
+    stable = record.phase is Phase.WATCHING and now - record.since >= policy.stable_s
+    recent = [at for at in record.failures if now - at <= policy.window_s and not stable]
     return {
         "dev_id": record.dev_id,
         "device": f"ublkb{record.dev_id}",

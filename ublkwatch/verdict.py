@@ -130,6 +130,12 @@ def exhausted(record: Record, now: float, policy: Policy) -> Step:
     return enter(record, Phase.FAILED, now, wake=None), ()
 
 
+def patience_ends(record: Record, now: float, policy: Policy) -> float | None:
+    """Return when I/O that begins to wait now will have waited as long as it may."""
+    fails = record.info is not None and RecoveryMode.of(record.info.flags) is RecoveryMode.FAIL_IO
+    return now + policy.hold_timeout_s if policy.hold_timeout_s and not fails else None
+
+
 def overdue(record: Record, now: float, policy: Policy) -> Step:
     """Take it that I/O has waited as long as it may; an attempt past its START may still end it."""
     record = replace(record, give_up_at=None, overdue=True)
