@@ -158,8 +158,11 @@ class Laws:
         world = self._world
         if not settled:
             self._break(f"it never came to rest: {record.phase.value if record else 'no record'}")
-        rivals = "rival" in world.story.faults and world.policy.handoff is Handoff.DELEGATED
-        for oops in () if rivals else world.driver.oopses:  # neither of two tools is ours to stop
+        # How far a tool came only its operator can tell, and no rival asks.
+        vouched = world.policy.handoff is Handoff.DELEGATED and (
+            world.budgets > 1 or "rival" in world.story.faults
+        )
+        for oops in () if vouched else world.driver.oopses:
             self._break(f"the kernel: {oops}")
         for leak in world.loop.leaks():
             self._break(f"an error that nobody took: {leak}")
@@ -174,7 +177,7 @@ class Laws:
         if record is None:
             if device is not None and device.state is not DevState.DEAD:
                 self._break(f"the device is {device.state.name}, and forgotten")
-            elif not (story.stops or self._world.stops_late or story.mode is RecoveryMode.NONE):
+            elif not (self._world.forgiven or story.mode is RecoveryMode.NONE):
                 self._break("the device is gone, and nobody stopped it")
             return
         if record.phase is Phase.WATCHING:

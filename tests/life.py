@@ -98,9 +98,9 @@ class Life:
         except OSError:
             self.world.laws.read_dead(dev_id)
             raise
-        if info.state is DevState.DEAD:
-            self.world.laws.read_dead(dev_id)
         state = self.world.state_shown
+        if info.state is DevState.DEAD and state is None:
+            self.world.laws.read_dead(dev_id)
         if self.world.torn and info.state is DevState.LIVE:
             self.world.torn -= 1
             state = DevState.QUIESCED

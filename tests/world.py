@@ -72,9 +72,7 @@ class Story:
     flags: DevFlags = REISSUE
     queues: int = 2
     depth: int = 4
-    kinds: tuple[
-        str, ...
-    ] = ()  # the servers that are started, one for each attempt, then good ones
+    kinds: tuple[str, ...] = ()  # of the servers, one for each attempt, then good ones
     faults: tuple[str, ...] = ()
     death: tuple[str, int] | None = None
     way: str = "line"  # how servers attach: by their line, as they "start", or "delegated"
@@ -249,6 +247,11 @@ class World:
     def kill_supervisor(self) -> None:
         if self.life is not None:
             self.life.die()
+
+    @property
+    def forgiven(self) -> bool:
+        """Whether the device may be gone without a record that says why."""
+        return self.story.stops or self.stops_late or "forget" in self.story.faults
 
     def order(self, order: Order, until: float | None = None) -> None:
         """Ask the supervisor for something, as its admin socket does."""

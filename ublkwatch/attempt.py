@@ -134,14 +134,14 @@ def start_replied(record: Record, error: int, now: float, policy: Policy) -> Ste
         record = replace(record, armed=Armed.UNSURE)
     elif record.armed is Armed.SENT:
         record = replace(record, armed=Armed.NO)
-    record = replace(record, pending=False)
+    record = _answered(record, error, "START_USER_RECOVERY")
     if record.phase is Phase.STOPPING:
         return settle(record, now, policy)
     if record.phase is not Phase.STARTING:
         return record, ()
     if error == errno.ENODEV:
         return leave(record, Phase.GONE, now)
-    if not prepared(record, policy):  # it died meanwhile; that came first
+    if error != errno.ETIMEDOUT and not prepared(record, policy):  # it died, and that came first
         return fail(record, record.reason or Reason.DIED_BEFORE_READY, record.detail, now)
     if taken:
         return attach(record, now, policy)
@@ -154,6 +154,13 @@ def start_replied(record: Record, error: int, now: float, policy: Policy) -> Ste
         errno.ETIMEDOUT: Reason.NO_ANSWER,
     }
     return fail(record, reasons.get(error, Reason.START_REFUSED), detail, now)
+
+
+def _answered(record: Record, error: int, command: str) -> Record:
+    """Take it that a command is no longer waited for; one that stays with the kernel is final."""
+    if error == errno.ETIMEDOUT and record.phase is Phase.STOPPING:
+        record = replace(record, reason=Reason.NO_ANSWER, detail=command)
+    return replace(record, pending=False)
 
 
 def attach(record: Record, now: float, policy: Policy) -> Step:
@@ -186,7 +193,7 @@ def send_end(record: Record) -> Step:
 
 def end_replied(record: Record, error: int, now: float, policy: Policy) -> Step:
     """Take the answer to END: 0, an errno, or ETIMEDOUT for no answer."""
-    record = replace(record, pending=False)
+    record = _answered(record, error, "END_USER_RECOVERY")
     if error == 0:  # the round is complete in the kernel, whoever is left to serve
         record = replace(record, armed=Armed.NO, lined=False)
     if record.phase is Phase.STOPPING:

@@ -339,7 +339,10 @@ class Monitor:
         if instance is None and info.state is not DevState.DEAD:
             return None  # its disk comes or goes just now; the next read sees which
         if record is None:
-            if info.state is DevState.DEAD or instance is None:
+            former = self._former.get(dev_id)
+            if info.state is DevState.DEAD and former is not None and former.stopped:
+                instance = former.instance  # by ourselves: that and why is still worth knowing
+            elif info.state is DevState.DEAD or instance is None:
                 self._abandon_former(dev_id)
                 return None  # added and not started yet, or stopped: no disk, nothing to keep alive
             record = await self._meet(dev_id, instance)
