@@ -62,6 +62,7 @@ from ublkwatch.model import (
     Record,
     ServerId,
 )
+from ublkwatch.orders import objection
 from ublkwatch.recovery import answer, step
 from ublkwatch.uapi import DevState
 
@@ -208,10 +209,14 @@ class World:
             case Resumed():
                 self.command, self.spawning, self.finding = None, False, False
                 self.begun = 0
-            case Asked() | Decided(code=10):
+            case Asked(order=order):
                 self.begun = 0
-                if self.policy.handoff is Handoff.DELEGATED:
-                    self.half = False
+                taken_up = not objection(self.record, order, self.policy)
+                delegated = self.policy.handoff is Handoff.DELEGATED
+                if delegated and taken_up and order in (Order.RETRY, Order.RECOVER):
+                    self.half = self.touched = False  # the operator vouches for the delegate
+            case Decided(code=10):
+                self.begun = 0
             case Decided(code=20):
                 self.said_fail = True
             case StartReplied(error=error) if event.seq == seq:

@@ -10,6 +10,7 @@ from stories import NEW, OLD, OTHER, Story
 
 from ublkwatch.events import (
     AttemptOver,
+    Cancel,
     Effect,
     EndAttempt,
     EndReplied,
@@ -133,6 +134,16 @@ def test_retry_ends_what_is_left_of_the_last_attempt_first(story: Story) -> None
     assert (story.record.phase, story.record.reason) == (Phase.FAILED, Reason.NO_ANSWER)
     assert story.ask(Order.RETRY) == [EndAttempt(1)]
     story.over()
+    assert story.sleep() == [Spawn(2), ReadInfo()]
+
+
+def test_what_could_not_be_ended_is_waited_for_after_an_adoption_too() -> None:
+    story = Story().attaching().outlast().outlast()
+    assert (story.record.reason, story.record.pending) == (Reason.NO_ANSWER, True)
+    story.tell(story.read(DevState.LIVE, OTHER))
+    assert story.is_in(Phase.WATCHING)
+    assert story.tell(ServerExited(OTHER)) == [Cancel(1), EndAttempt(1)]
+    end(story)
     assert story.sleep() == [Spawn(2), ReadInfo()]
 
 

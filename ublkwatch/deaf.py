@@ -34,18 +34,7 @@ DEAF: dict[Phase, frozenset[type[Event]]] = {
         {Decided, HoldersFound, QueueThreadLost, Ready, ServerFound, ShutdownBegun, SpawnFailed}
     ),
     Phase.WATCHING: frozenset(
-        {
-            AttemptOver,
-            Decided,
-            EndReplied,
-            HoldersFound,
-            Ready,
-            ServerFound,
-            ShutdownBegun,
-            SpawnFailed,
-            StartReplied,
-            StopReplied,
-        }
+        {Decided, HoldersFound, Ready, ServerFound, ShutdownBegun, SpawnFailed}
     ),
     Phase.GRACE: frozenset(
         {Decided, HoldersFound, QueueThreadLost, Ready, ServerFound, SpawnFailed}

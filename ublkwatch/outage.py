@@ -161,6 +161,8 @@ def adopt(record: Record, server: ServerId, now: float) -> Step:
         info=record.info,
         server=server,
         seq=record.seq,
+        pending=record.pending,  # what could not be ended is still to be waited for
+        over=record.over,
         held=record.held,
         held_until=record.held_until,
         held_by=record.held_by,
