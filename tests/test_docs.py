@@ -27,6 +27,7 @@ def test_every_phase_is_explained() -> None:
     assert re.findall(r"^\| ([a-z_]+) \|", table, re.MULTILINE)[1:] == [p.value for p in Phase]
 
 
+@pytest.mark.timeout(600)
 def test_the_diagram_is_the_machine() -> None:
     assert redrawn(RECOVERY) == RECOVERY, "python -m tests.draw draws it anew"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).parent.parent
+pytestmark = pytest.mark.timeout(900)  # each may wait for all that run before it
 MUTANTS = sorted((TOP / "tests/mutants").glob("*.txt"))
 LAW_EXAMPLES = "1500"
 
@@ -69,7 +70,7 @@ def run(path: Path, top: Path) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=600,
     )
 
 

@@ -275,10 +275,10 @@ def exited(record: Record, event: ServerExited, now: float, policy: Policy) -> S
         case Phase.ATTACHING if permanent:
             return fail(record, Reason.PERMANENT_EXIT, event.how, now)
         case Phase.ATTACHING if policy.handoff is Handoff.DELEGATED:
-            if event.code == 0 or event.how == "unknown":  # its server is another process
+            if _left_another(event):
                 return replace(record, candidate=None), (ReadInfo(),)
             return fail(record, Reason.DELEGATE_FAILED, event.how, now)
-        case Phase.ATTACHING if event.code == 0 and not starts_early(policy):
+        case Phase.ATTACHING if _left_another(event) and not starts_early(policy):
             detail = "it left no process that has the character device open"
             record = replace(record, candidate=None, detail=detail, wake=now + LOOK_AGAIN_S)
             return record, (FindServer(record.seq),)
@@ -287,10 +287,15 @@ def exited(record: Record, event: ServerExited, now: float, policy: Policy) -> S
     return record, ()
 
 
+def _left_another(event: ServerExited) -> bool:
+    """Tell whether a process may have ended because another one serves in its place."""
+    return event.code == 0 or event.how == "unknown"  # unknown: the child of our former life
+
+
 def died_in_probation(record: Record, event: ServerExited, now: float, policy: Policy) -> Step:
     """Take the end of the server under which the device had just become LIVE."""
     managed = policy.handoff is Handoff.MANAGED
-    if event.code == 0 and managed and not starts_early(policy):
+    if _left_another(event) and managed and not starts_early(policy):
         return replace(record, detail=event.how), (FindServer(record.seq),)
     reason = Reason.DIED_IN_PROBATION
     if event.code in policy.permanent_exits:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ublkwatch import attempt, orders, verdict
-from ublkwatch.events import EndAttempt, ReadInfo, SendStart, Watch
+from ublkwatch.events import EndAttempt, FindServer, ReadInfo, SendStart, Watch
 from ublkwatch.model import Armed, Handoff, Phase, Policy, Reason, Record, ServerId
 from ublkwatch.verdict import Step
 
@@ -66,6 +66,9 @@ def _go_on(  # noqa: C901, PLR0912 - one arm for each phase
             )
         case Phase.WATCHING | Phase.PROBATION if record.crippled and not record.held:
             return record, (*verdict.strays(record), ReadInfo())
+        case Phase.PROBATION if not record.server:  # who serves was being looked for
+            wake = now + policy.probation_s
+            return replace(record, wake=wake), (FindServer(record.seq), ReadInfo())
         case Phase.PROBATION:
             return replace(record, wake=now + policy.probation_s), (ReadInfo(),)
         case Phase.STOPPING:
