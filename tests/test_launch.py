@@ -252,3 +252,32 @@ def test_an_operators_command_that_is_missing_decides_nothing(tmp_path: Path) ->
         assert "No such file" in how
 
     at_home(tmp_path, work)
+
+
+@pytest.mark.parametrize(
+    ("says", "init", "expected"),
+    [("stopping", ".", "True"), ("running", ".", "False"), ("stopping", "nowhere", "False")],
+)
+def test_whether_the_host_shuts_down_is_asked_of_systemd_where_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, init: str, expected: str
+) -> None:
+    tool = tmp_path / "systemctl"
+    tool.write_text(f'#!/bin/sh\n[ "$1" = is-system-running ] && echo {says}\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    async def ask() -> bool:
+        return await Launcher(tmp_path, lambda _: None, tmp_path / init).shutting_down()
+
+    assert str(asyncio.run(ask())) == expected
+
+
+def test_where_systemctl_is_missing_nothing_shuts_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    async def ask() -> bool:
+        return await Launcher(tmp_path, lambda _: None, tmp_path).shutting_down()
+
+    assert asyncio.run(ask()) is False

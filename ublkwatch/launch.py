@@ -33,8 +33,17 @@ _OUTPUT_KEPT = 64 << 10
 class Launcher:
     """The fork launcher: servers as our children, which outlive us."""
 
-    def __init__(self, runtime_dir: Path, ready: Callable[[str], None]) -> None:
-        """``ready`` is told, from the loop, the tag of an attempt whose server said READY=1."""
+    def __init__(
+        self,
+        runtime_dir: Path,
+        ready: Callable[[str], None],
+        systemd: Path = Path("/run/systemd/system"),
+    ) -> None:
+        """``ready`` is told, from the loop, the tag of an attempt whose server said READY=1.
+
+        ``systemd`` is there where systemd is the host's init (sd_booted(3)).
+        """
+        self._systemd = systemd
         self._attempts = runtime_dir / "attempts"
         self._attempts.mkdir(mode=0o700, exist_ok=True)
         self._ready = ready
@@ -156,7 +165,7 @@ class Launcher:
     async def shutting_down(self) -> bool:
         """Tell whether the host shuts down, as systemd says; where it does not run, nobody does."""
         try:
-            await asyncio.to_thread(os.stat, "/run/systemd/system")
+            await asyncio.to_thread(os.stat, self._systemd)
             process = await asyncio.create_subprocess_exec(
                 "systemctl",
                 "is-system-running",
