@@ -281,3 +281,20 @@ def test_where_systemctl_is_missing_nothing_shuts_down(
         return await Launcher(tmp_path, lambda _: None, tmp_path).shutting_down()
 
     assert asyncio.run(ask()) is False
+
+
+def test_whoever_is_lost_together_asks_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tmp_path / "asked"
+    tool = tmp_path / "systemctl"
+    tool.write_text(f"#!/bin/sh\necho again >> {asked}\nsleep 0.1\necho stopping\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    async def ask() -> list[bool]:
+        launcher = Launcher(tmp_path, lambda _: None, tmp_path)
+        return await asyncio.gather(*(launcher.shutting_down() for _ in range(100)))
+
+    assert asyncio.run(ask()) == [True] * 100
+    assert 1 <= len(asked.read_text().splitlines()) <= 2

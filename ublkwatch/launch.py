@@ -44,6 +44,9 @@ class Launcher:
         ``systemd`` is there where systemd is the host's init (sd_booted(3)).
         """
         self._systemd = systemd
+        self._asking = asyncio.Lock()
+        self._asked = 0  # questions about the host's end, ever
+        self._ending = False  # the last answer
         self._attempts = runtime_dir / "attempts"
         self._attempts.mkdir(mode=0o700, exist_ok=True)
         self._ready = ready
@@ -163,7 +166,19 @@ class Launcher:
             return f"killed after {timeout_s:g} s", None
 
     async def shutting_down(self) -> bool:
-        """Tell whether the host shuts down, as systemd says; where it does not run, nobody does."""
+        """Tell whether the host shuts down, as systemd says; where it does not run, nobody does.
+
+        Many devices may be lost at once: whoever comes while a question is open shares the next one
+        with all others, since the open one may have been answered before what he saw.
+        """
+        came = self._asked
+        async with self._asking:
+            if self._asked == came:
+                self._asked += 1
+                self._ending = await self._ask_systemd()
+            return self._ending
+
+    async def _ask_systemd(self) -> bool:
         try:
             await asyncio.to_thread(os.stat, self._systemd)
             process = await asyncio.create_subprocess_exec(

@@ -265,6 +265,7 @@ class Monitor:
     def quarantine(self, dev_id: int, error: BaseException) -> None:
         """Keep the hands off a device over which our own code failed; the others live on."""
         _log.error("ublk %d: a bug in ublkwatch: %r", dev_id, error, exc_info=error)
+        self._unsaved.pop(dev_id, None)  # else nobody would take what is told of it any more
         before, now = self._records.get(dev_id), self._edges.clock()
         if before is not None and before.reason is not Reason.INTERNAL_ERROR:
             after = replace(
