@@ -297,12 +297,16 @@ class Servers:
         more: tuple[str, ...] = (),
     ) -> Reference:
         """Start a server that creates these devices; return once they are LIVE."""
-        return self.start(
+        reference = self.start(
             dev_id,
             target=target,
             recovery=recovery,
             more=("--queues", str(queues), "--depth", str(depth), "--size", size, *more),
         ).wait_live()
+        if "--fault" not in more:
+            for one in dev_id if isinstance(dev_id, tuple) else (dev_id,):
+                wait_scanned(one)
+        return reference
 
     def start(
         self,
@@ -341,6 +345,17 @@ class Servers:
         home = self._directory / str(len(self._started))
         home.mkdir()
         return home
+
+
+def wait_scanned(dev_id: int) -> None:
+    """Wait until the kernel has looked for partitions.
+
+    Newer kernels do it after START_DEV, in the background. A server killed before would leave the
+    scan to the next one; if that answers nothing, everybody's open waits for it.
+    """
+    stat = Path(f"/sys/block/ublkb{dev_id}/stat")
+    wait_until(lambda: int(stat.read_text().split()[0]) > 0, DEADLINE_S, "the scan begins")
+    os.close(os.open(f"/dev/ublkb{dev_id}", os.O_RDONLY))  # waits for the scan's end
 
 
 def device_ids() -> list[int]:
