@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 from ublkwatch.async_ring import AsyncRing
+from ublkwatch.care import Job
 from ublkwatch.ctrl import CtrlError, UblkCtrl
 from ublkwatch.launch import Launcher
 
@@ -88,7 +89,7 @@ class Oracle:
         self._launcher.keep_only({f"oracle-{self._dev_id}-{self._round}"})
 
     async def _start_server(self, tag: str) -> int:
-        pid = await self._launcher.start(tag, self._command)
+        pid = await self._launcher.start(tag, Job("oracle", self._command))
         await self._ready.wait()
         return pid
 

@@ -16,9 +16,10 @@ from cast import Home
 from twin import PARAMS, Command
 from twin_device import CharFile
 
+from ublkwatch.care import Job, Spec
 from ublkwatch.ctrl import CtrlError, patiently
 from ublkwatch.events import Transition
-from ublkwatch.model import DevInfo, Record, ServerId, Spec
+from ublkwatch.model import DevInfo, Record, ServerId
 from ublkwatch.monitor import Monitor
 from ublkwatch.perform import Edges
 from ublkwatch.uapi import DevState
@@ -250,8 +251,8 @@ class Life:
 
     # --- Launcher --------------------------------------------------------------------------------
 
-    async def start(self, tag: str, command: tuple[str, ...]) -> int:
-        del command
+    async def start(self, tag: str, job: Job) -> int:
+        del job
         self._before("spawn")
         dev_id = int(tag.partition("-")[0])
         self.world.laws.spawns(dev_id, tag)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from ublkwatch import config
+from ublkwatch.care import Care
 from ublkwatch.config import ConfigError
-from ublkwatch.model import Attach, Care, Exhausted, Handoff, Policy
+from ublkwatch.model import Attach, Exhausted, Handoff, Policy
 
 NAME = "ublkwatch.toml"
 FULL = b"""

@@ -20,6 +20,7 @@ from test_monitor import World, phase
 
 from ublkwatch import cli, status
 from ublkwatch.admin import Admin
+from ublkwatch.care import Job
 from ublkwatch.daemon import Desk
 from ublkwatch.events import Asked
 from ublkwatch.model import Exhausted, Generation, Order, Phase, Reason, Record
@@ -48,11 +49,11 @@ class Place(World):
         super().save_record(record)
         self.store.save_record(replace(record, instance=f"{BOOT_ID}/1"))
 
-    async def start(self, tag: str, command: tuple[str, ...]) -> int:
+    async def start(self, tag: str, job: Job) -> int:
         if self.failing_starts:
             self.failing_starts -= 1
-            raise OSError(2, "No such file or directory", command[0])
-        return await super().start(tag, command)
+            raise OSError(2, "No such file or directory", job.command[0])
+        return await super().start(tag, job)
 
     def show(self) -> dict[str, Any]:
         """Write the status document, and return what it says of the device."""

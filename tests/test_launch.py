@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from patience import PATIENCE_S, until
 
+from ublkwatch.care import Job
 from ublkwatch.launch import Launcher
 from ublkwatch.model import TAG_VARIABLE
 
@@ -36,7 +37,7 @@ class Home:
         self.pids: list[int] = []
 
     async def start(self, code: str, *arguments: str, tag: str = TAG) -> int:
-        pid = await self.launcher.start(tag, (sys.executable, "-c", code, *arguments))
+        pid = await self.launcher.start(tag, Job("test", (sys.executable, "-c", code, *arguments)))
         self.pids.append(pid)
         return pid
 
@@ -188,7 +189,7 @@ def test_a_program_that_cannot_be_started_is_an_oserror_and_the_tag_is_free_agai
 ) -> None:
     async def work(home: Home) -> None:
         with pytest.raises(OSError, match=program):
-            await home.launcher.start(TAG, (program,))
+            await home.launcher.start(TAG, Job("test", (program,)))
         await home.start(ECHO)
         await until(lambda: home.ready, "the next one with this tag starts")
 

@@ -17,6 +17,7 @@ LAYERS: dict[str, set[str]] = {
     "uapi": set(),
     "model": {"uapi"},
     "events": {"model"},
+    "care": {"model"},
     # L1: decisions and documents, pure
     "verdict": {"events", "model"},
     "attempt": {"events", "model", "verdict"},
@@ -38,20 +39,21 @@ LAYERS: dict[str, set[str]] = {
     "ctrl_worker": {"async_ring", "ctrl"},
     "discover": set(),
     "server": {"model"},
-    "launch": {"model"},
-    "store": {"model"},
-    "config": {"model"},
+    "launch": {"care", "model"},
+    "store": {"care", "model"},
+    "config": {"care", "model"},
     "admin": {"model"},
     "metrics": {"", "events", "model", "status", "uapi"},
     "log": {"events", "model"},
     # L3: the shell; its edges come in by Protocol
-    "perform": {"events", "model"},
-    "monitor": {"attempt", "events", "model", "orders", "perform", "recovery", "uapi"},
+    "perform": {"care", "events", "model"},
+    "monitor": {"attempt", "care", "events", "model", "orders", "perform", "recovery", "uapi"},
     # L4: composition
     "daemon": {
         *(
             "admin",
             "async_ring",
+            "care",
             "config",
             "ctrl",
             "ctrl_worker",
@@ -86,12 +88,13 @@ HOMES = {
     "sys.exit": set(),
 }
 PURE = (
-    *("uapi", "model", "events"),
+    *("uapi", "model", "care", "events"),
     *("verdict", "attempt", "orders", "outage", "timers", "resume", "deaf", "recovery"),
     "explain",
 )
 HARMLESS = {
-    *("__future__", "collections", "dataclasses", "enum", "errno", "struct", "typing", "ublkwatch")
+    *("__future__", "collections", "dataclasses", "enum", "errno", "string", "struct", "typing"),
+    "ublkwatch",
 }
 CEILING = 400
 

@@ -14,9 +14,10 @@ import pytest
 import virtual
 from patience import until
 
+from ublkwatch.care import Care, Job, Spec
 from ublkwatch.ctrl import CtrlError
 from ublkwatch.events import Transition
-from ublkwatch.model import Care, DevInfo, Generation, Phase, Policy, Reason, Record, ServerId, Spec
+from ublkwatch.model import DevInfo, Generation, Phase, Policy, Reason, Record, ServerId
 from ublkwatch.monitor import Monitor
 from ublkwatch.perform import Edges
 from ublkwatch.uapi import DevFlags, DevState
@@ -64,7 +65,7 @@ class World:
             wall=clock,
             chance=lambda: 1.0,
         )
-        cares = {0: Care(("/bin/server",), Policy(**policy), ("/bin/decide",))}
+        cares = {0: Care(("/bin/server",), Policy(**policy), decider=("/bin/decide",))}
         self.seen = Monitor(edges, Policy(), cares, dict(self.saved), dict(self.specs))
         return self.seen
 
@@ -127,8 +128,8 @@ class World:
         for server in self.tagged(tag):
             self.kill(server)
 
-    async def start(self, tag: str, command: tuple[str, ...]) -> int:
-        assert command == ("/bin/server",)
+    async def start(self, tag: str, job: Job) -> int:
+        assert job.command == ("/bin/server",)
         self.diary.append(f"spawn {tag}")
         self.pid += 1
         self.alive[self.pid] = ServerId(self.pid, self.pid, "boot")

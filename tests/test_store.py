@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ublkwatch.model import Armed, DevInfo, Phase, QueueConfig, Reason, Record, ServerId, Spec
+from ublkwatch.care import Origin, Spec
+from ublkwatch.model import Armed, DevInfo, Phase, QueueConfig, Reason, Record, ServerId
 from ublkwatch.store import Store, StoreError, read_record, replace_file
 from ublkwatch.uapi import DevFlags, DevState
 
@@ -58,7 +59,7 @@ SPEC = Spec(
     dev_id=3,
     instance="boot/17",
     queue=QueueConfig(2, 128, 524288, 8, {"basic": {"dev_sectors": 1 << 40}}),
-    command=("/usr/bin/server", "--file", "a b"),
+    origin=Origin("/usr/bin/server", "server", 5, 6, (6, 7), "/system.slice/s.service"),
 )
 
 
@@ -150,9 +151,20 @@ def test_what_another_version_wrote_is_set_aside(store: Store, tmp_path: Path) -
     store.save_record(RECORD)
     store.save_spec(SPEC)
     for path in (tmp_path / "run/records/3.json", tmp_path / "lib/specs/3.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 3}))
     assert store.load_records() == {}
     assert store.load_specs() == {}
+
+
+def test_a_spec_of_the_first_version_is_read_without_the_servers_origin(
+    store: Store, tmp_path: Path
+) -> None:
+    store.save_spec(SPEC)
+    path = tmp_path / "lib/specs/3.json"
+    content = json.loads(path.read_text()) | {"version": 1, "command": ["/usr/bin/server"]}
+    del content["origin"]
+    path.write_text(json.dumps(content))
+    assert store.load_specs() == {3: replace(SPEC, origin=None)}
 
 
 def test_who_reads_while_a_file_is_replaced_has_the_old_content_whole(tmp_path: Path) -> None:

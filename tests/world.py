@@ -28,10 +28,10 @@ from processes import Process, Processes
 from twin import Driver
 from twin_device import Device
 
+from ublkwatch.care import Care, Spec
 from ublkwatch.events import Asked, Transition
 from ublkwatch.model import (
     Attach,
-    Care,
     Exhausted,
     Generation,
     Handoff,
@@ -41,7 +41,6 @@ from ublkwatch.model import (
     Reason,
     Record,
     RecoveryMode,
-    Spec,
 )
 from ublkwatch.uapi import DevFlags
 
@@ -170,7 +169,7 @@ class World:
             attach_timeout_s=60 if delegated else 15,
             **dict(self.story.policy),
         )
-        self.cares = {0: Care(("/bin/server",), self.policy, ("/bin/decide",))}
+        self.cares = {0: Care(("/bin/server",), self.policy, decider=("/bin/decide",))}
         self.decision = self.rng.choice([None, 0, 10, 20])
         self.processes = Processes()
         self.driver = Driver(

@@ -16,7 +16,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ublkwatch.model import Care, Exhausted, Handoff, Policy
+from ublkwatch.care import Care
+from ublkwatch.model import Exhausted, Handoff, Policy
 
 DEFAULT_PATH = Path("/etc/ublkwatch/ublkwatch.toml")
 
@@ -181,7 +182,7 @@ def _devices(tables: list[Any], shared: dict[str, Any], name: str) -> dict[int, 
             raise ConfigError(f"{name}: {where}dev_id: {values['dev_id']} is given twice")
         command = _argv(values["command"], name, f"{where}command")
         decider = _decider(values["on_exhausted_command"], policy, name, where)
-        cares[values["dev_id"]] = Care(command, policy, decider)
+        cares[values["dev_id"]] = Care(command, policy, decider=decider)
     return cares
 
 

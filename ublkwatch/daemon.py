@@ -17,13 +17,14 @@ from typing import Any
 
 from ublkwatch import admin, discover, log, server, status
 from ublkwatch.async_ring import AsyncRing
+from ublkwatch.care import Care
 from ublkwatch.config import Config
 from ublkwatch.ctrl import CtrlError, UblkCtrl
 from ublkwatch.ctrl_worker import Workers
 from ublkwatch.events import Asked, Transition
 from ublkwatch.launch import Launcher, start_worker
 from ublkwatch.metrics import Metrics, Page
-from ublkwatch.model import Care, Generation, Phase, ServerId
+from ublkwatch.model import Generation, Phase, ServerId
 from ublkwatch.monitor import Monitor
 from ublkwatch.perform import Edges
 from ublkwatch.store import Store

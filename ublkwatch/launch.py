@@ -21,6 +21,7 @@ import termios
 from collections.abc import Callable
 from pathlib import Path
 
+from ublkwatch.care import Job
 from ublkwatch.model import TAG_VARIABLE
 
 # What a server may inherit from our environment; everything else is ours alone.
@@ -56,7 +57,7 @@ class Launcher:
         self._fifos: dict[str, int] = {}
         self._certain: set[str] = set()  # attempts of whose line we know whether it was read
 
-    async def start(self, tag: str, command: tuple[str, ...]) -> int:
+    async def start(self, tag: str, job: Job) -> int:
         """Start the server of an attempt and return its pid; OSError says why it did not start."""
         self._remove(tag)
         home = self._attempts / tag
@@ -67,7 +68,7 @@ class Launcher:
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         environment |= {TAG_VARIABLE: tag, "NOTIFY_SOCKET": str(home / "notify")}
         # In a thread: exec reads the program from a file system that may be slow or hang.
-        process = await asyncio.to_thread(_start, home, command, environment)
+        process = await asyncio.to_thread(_start, home, job.command, environment)
         self._children[process.pid] = process
         return process.pid
 

@@ -88,16 +88,6 @@ class QueueConfig:
     params: dict[str, dict[str, int]]
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
-    """All that is needed to respawn a server: the persisted queue config and the command."""
-
-    dev_id: int
-    instance: str
-    queue: QueueConfig
-    command: tuple[str, ...]
-
-
 # --- what we make of it --------------------------------------------------------------------------
 
 
@@ -276,15 +266,6 @@ class Policy:
     drain_poll_s: float = 0.002
     drain_poll_max_s: float = 0.25
     holders_after_s: float = 2.0  # when waiting for the character device begins to need a reason
-
-
-@dataclass(frozen=True, slots=True)
-class Care:
-    """What the configuration says of one device."""
-
-    command: tuple[str, ...]  # starts its server, or recovers it by itself (delegated)
-    policy: Policy = Policy()
-    decider: tuple[str, ...] = ()  # the command of Exhausted.EXEC
 
 
 def errno_name(code: int) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from ublkwatch import orders, recovery
 from ublkwatch.attempt import ATTEMPTING
+from ublkwatch.care import Care, Spec
 from ublkwatch.events import (
     Asked,
     Event,
@@ -28,7 +29,7 @@ from ublkwatch.events import (
     Transition,
     Woken,
 )
-from ublkwatch.model import Care, DevInfo, Phase, Policy, Reason, Record, ServerId, Spec
+from ublkwatch.model import DevInfo, Phase, Policy, Reason, Record, ServerId
 from ublkwatch.perform import Edges, Performer, tag_of
 from ublkwatch.uapi import DevState
 

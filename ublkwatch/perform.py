@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ublkwatch.care import Care, Job, Spec
 from ublkwatch.events import (
     AttemptOver,
     Cancel,
@@ -41,7 +42,7 @@ from ublkwatch.events import (
     Watch,
     WriteLine,
 )
-from ublkwatch.model import Care, DevInfo, Policy, QueueConfig, Record, ServerId, Spec
+from ublkwatch.model import DevInfo, Policy, QueueConfig, Record, ServerId
 
 _log = logging.getLogger("ublkwatch")
 
@@ -77,7 +78,7 @@ class Servers(Protocol):
 class Launcher(Protocol):
     """launch.Launcher."""
 
-    async def start(self, tag: str, command: tuple[str, ...]) -> int: ...
+    async def start(self, tag: str, job: Job) -> int: ...
     def listen(self, tag: str) -> None: ...
     def write_line(self, tag: str, line: str) -> None: ...
     def unread(self, tag: str) -> bool: ...
@@ -210,7 +211,8 @@ class Performer:
             async with self._fork(dev_id):
                 if self._current.get(dev_id) != tag:
                     return  # the attempt has ended meanwhile
-                pid = await self._edges.launcher.start(tag, self._cares[dev_id].command)
+                job = Job(f"ublkb{dev_id}", self._cares[dev_id].command)
+                pid = await self._edges.launcher.start(tag, job)
         except OSError as error:
             self._monitor.post(dev_id, SpawnFailed(seq, str(error)))
             return
@@ -251,7 +253,7 @@ class Performer:
             flags=int(info.flags),
             params=answer["params"],
         )
-        spec = Spec(record.dev_id, record.instance, queue, care.command)
+        spec = Spec(record.dev_id, record.instance, queue)
         self._specs[record.dev_id] = spec
         try:
             await asyncio.to_thread(self._edges.store.save_spec, spec)

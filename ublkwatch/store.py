@@ -18,9 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ublkwatch.model import Armed, Phase, QueueConfig, Reason, Record, ServerId, Spec
+from ublkwatch.care import Origin, Spec
+from ublkwatch.model import Armed, Phase, QueueConfig, Reason, Record, ServerId
 
 _VERSION = 1
+_SPEC_VERSION = 2
 _HISTORY_MAX = 10_000
 _GARBAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading it raises
 _log = logging.getLogger("ublkwatch")
@@ -84,9 +86,10 @@ class Store:
         return {record.dev_id: record for record in self._load(self._records, _decode_record)}
 
     def save_spec(self, spec: Spec) -> None:
-        """Keep the queue config and the command; OSError when it could not be written."""
+        """Keep the queue config, and what the server was; OSError when it could not be written."""
         replace_file(
-            self._specs / f"{spec.dev_id}.json", json.dumps({"version": _VERSION} | asdict(spec))
+            self._specs / f"{spec.dev_id}.json",
+            json.dumps({"version": _SPEC_VERSION} | asdict(spec)),
         )
 
     def load_specs(self) -> dict[int, Spec]:
@@ -191,13 +194,18 @@ def _decode_record(content: dict[str, Any], version: int) -> Record:
     )
 
 
-def _check_version(version: int) -> None:
-    if version != _VERSION:
-        raise ValueError(f"version {version}, where this ublkwatch knows {_VERSION}")
+def _check_version(version: int, known: int = _VERSION) -> None:
+    if version != known:
+        raise ValueError(f"version {version}, where this ublkwatch knows {known}")
 
 
 def _decode_spec(content: dict[str, Any], version: int) -> Spec:
-    _check_version(version)
-    return Spec(
-        **content | {"queue": QueueConfig(**content["queue"]), "command": tuple(content["command"])}
-    )
+    if version == 1:  # it kept the command, and not what the server had been
+        content = {key: value for key, value in content.items() if key != "command"}
+        content["origin"] = None
+    else:
+        _check_version(version, _SPEC_VERSION)
+    origin = content["origin"]
+    if origin is not None:
+        origin = Origin(**origin | {"groups": tuple(origin["groups"])})
+    return Spec(**content | {"queue": QueueConfig(**content["queue"]), "origin": origin})

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ublkwatch import config
+from ublkwatch.care import Job
 from ublkwatch.daemon import Daemon
 from ublkwatch.perform import Edges, Launcher, Workers
 from ublkwatch.store import Store
@@ -30,9 +31,9 @@ class DyingLauncher:
     def __init__(self, inner: Launcher, point: str) -> None:
         self._inner, self._point = inner, point
 
-    async def start(self, tag: str, command: tuple[str, ...]) -> int:
+    async def start(self, tag: str, job: Job) -> int:
         die_at(self._point, "before-spawn")
-        pid = await self._inner.start(tag, command)
+        pid = await self._inner.start(tag, job)
         die_at(self._point, "after-spawn")
         return pid
 
