@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import systemd
 from archive import KEYRING, Archive
 from base import (
     LabError,
@@ -24,12 +25,14 @@ from base import (
     sweep,
 )
 from kernels import LINES, fetch_kernel, load_kernel
+from kublk import SUITES, fetch_kublk
 
 # What the lab and the project's tests take from the machine, and the Debian package that brings it.
 TOOLS: Final[Mapping[str, str]] = {
     "qemu-system-x86_64": "qemu-system-x86",
     "depmod": "kmod",
     "zstd": "zstd",
+    "xz": "xz-utils",
     "fio": "fio",
     "kill": "procps",
     "mkfs.ext4": "e2fsprogs",
@@ -37,6 +40,7 @@ TOOLS: Final[Mapping[str, str]] = {
     "cc": "gcc",
     "/usr/include/stdio.h": "libc6-dev",
     str(KEYRING): "debian-archive-keyring",
+    **systemd.PROGRAMS,
 }
 
 BUSYBOX_SUITE: Final = "trixie"
@@ -136,6 +140,7 @@ def lacking(cache: Path, kernels: Sequence[str]) -> list[Part]:
     parts = {
         cache / "busybox": Part("busybox", (BUSYBOX_SUITE,), fetch_busybox),
         cache / "headers": Part("headers", HEADERS_SUITES, fetch_headers),
+        cache / "kublk": Part("kublk", SUITES, fetch_kublk),  # built against the headers
     }
     missing = [part for place, part in parts.items() if not place.exists()]
     for name in dict.fromkeys(kernels):

@@ -1,7 +1,8 @@
 """The guest's side: the initramfs with its two scripts, and the job that they run.
 
 The first script builds the root that the command sees: the host's, read-only over 9p, under an
-overlay in memory. The second is process 1 there. It runs the job and tells its progress.
+overlay in memory. The second runs the job there and tells its progress: as process 1, or as a
+service of the systemd that is.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import systemd
 from base import EXIT_LAB
 from kernels import Kernel
 
-# Process 1 in the initramfs: builds the root that the command sees, then becomes STAGE2 in it.
+# Process 1 in the initramfs: builds the root that the command sees, then becomes process 1 in it.
 STAGE1: Final = r"""#!/bin/busybox sh
 /bin/busybox --install -s /bin
 export PATH=/bin
@@ -74,10 +76,14 @@ ifconfig lo 127.0.0.1 up
 
 mkdir /root/run/lab
 cp -r /bin/busybox /job/main /job/command /job/flush /root/run/lab
-exec switch_root /root /run/lab/busybox sh /run/lab/main
+. /job/init
 """
+INITS: Final[Mapping[str, str]] = {
+    "busybox": "exec switch_root /root /run/lab/busybox sh /run/lab/main\n",
+    "systemd": systemd.PREPARE,
+}
 
-# Process 1 on the real root. The command's output goes through pipes because a program may
+# On the real root. The command's output goes through pipes because a program may
 # reopen /dev/stdout, and a virtio port can be opened only once.
 STAGE2: Final = r"""cd /run/lab
 box=/run/lab/busybox
@@ -89,7 +95,7 @@ port=$(echo /dev/vport*p1)
 port=${port%1}
 ulimit -H -n 1048576
 $box mkfifo out err
-$box cat out >"${port}1" & spared="1 $!"
+$box cat out >"${port}1" & spared="1 $$ $!"
 $box cat err >"${port}2" & spared="$spared $!"
 exec 3>"${port}3"
 echo started >&3
@@ -116,6 +122,7 @@ class Job:
     directory: str
     environment: Mapping[str, str]
     writable: tuple[str, ...] = ()
+    init: str = "busybox"
 
     def files(self) -> dict[str, str]:
         """Return the job as shell scripts; quoting carries every byte that an argument can hold."""
@@ -132,6 +139,8 @@ class Job:
             "command": f"cd {shlex.quote(self.directory)} || exit {EXIT_LAB}\nexec {run}\n",
             "flush": "".join(f"$box sync -f {shlex.quote(p)}\n" for p in self.writable),
             "main": STAGE2,
+            "init": INITS[self.init],
+            **{f"systemd/{name}": text for name, text in systemd.FILES.items()},
         }
 
 
@@ -147,7 +156,8 @@ def make_initramfs(cache: Path, kernel: Kernel, job: Job) -> bytes:
     """Build the initramfs for one run; its parts are small and plain, so it takes no time."""
     modules = cache / kernel.name / kernel.modules
     members: list[tuple[str, int, bytes]] = [
-        (folder, stat.S_IFDIR | 0o755, b"") for folder in ("bin", "dev", "job", "modules")
+        (folder, stat.S_IFDIR | 0o755, b"")
+        for folder in ("bin", "dev", "job", "job/systemd", "job/systemd/system", "modules")
     ]
     members.append(("bin/busybox", stat.S_IFREG | 0o755, (cache / "busybox").read_bytes()))
     members.append(("init", stat.S_IFREG | 0o755, STAGE1.encode()))

@@ -6,7 +6,7 @@ archive, are kept in a cache outside the checkout, and boot in QEMU on the host'
 system. What the guest writes stays in the guest, except below the directories given by --rw.
 
 This file is the command line. Each module imports only from those before it: base, archive,
-kernels, fetch, initramfs, machine, run.
+kernels, kublk, systemd, fetch, initramfs, machine, run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from typing import NoReturn
 
 from base import EXIT_LAB, LabError, cache_directory, say
 from fetch import headers, setup
+from initramfs import INITS
 from kernels import LINES, load_kernel, need_kernel
+from kublk import kublk
 from run import accelerator, known_accelerator, run_in_guest, run_on_host
 
 
@@ -58,6 +60,7 @@ def build_parser() -> Parser:
     fetch_verb = verbs.add_parser("setup", help="fetch and install everything; fast when done")
     fetch_verb.add_argument("--kernel", action="append", choices=tuple(LINES))
     verbs.add_parser("headers", help="print the directory of the kernel's newest C headers")
+    verbs.add_parser("kublk", help="print where the kernel's own ublk test server is")
     verbs.add_parser("list", help="show the cached kernels and the accelerator")
     run = verbs.add_parser(
         "run", help="run a command in a fresh guest", usage="%(prog)s [OPTION]... -- CMD [ARG]..."
@@ -68,6 +71,9 @@ def build_parser() -> Parser:
     run.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS")
     run.add_argument("--console", metavar="FILE", help="keep the kernel's console")
     run.add_argument("--rw", action="append", default=[], metavar="DIR", help="let it write DIR")
+    run.add_argument(
+        "--init", choices=tuple(INITS), help="process 1 of the guest (default: busybox, a script)"
+    )
     run.add_argument("--host", action="store_true", help="no guest: this host has the driver")
     return parser
 
@@ -82,6 +88,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(own)
     if bool(command) != (options.verb == "run"):
         parser.error("`run` takes a command, after --; nothing else does")
+    if options.verb == "run":
+        if options.host and options.init:
+            parser.error("--init is a guest's; --host runs under this machine's own")
+        options.init = options.init or "busybox"
     options.command = command
     return options
 
@@ -99,6 +109,8 @@ def main() -> int:
             accelerator(cache_directory(), need_kernel(cache_directory(), names[0]))
         elif options.verb == "headers":
             print(headers())
+        elif options.verb == "kublk":
+            print(kublk())
         elif options.verb == "list":
             show_list()
         elif options.host:

@@ -85,7 +85,7 @@ KERNEL_OPTIONS: Final = (
     "console=ttyS0,115200 loglevel=5 printk.time=1 "
     # Boot time: protections and searches that nobody in here needs.
     "mitigations=off nokaslr audit=0 tsc=reliable no_timer_check raid=noautodetect "
-    "cryptomgr.notests apparmor=0 selinux=0 "
+    "cryptomgr.notests lsm=capability "
     # A guest that is broken must end, and QEMU with it (-no-reboot).
     "oops=panic panic=-1"
 )

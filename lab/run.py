@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+import systemd
 from base import EXIT_LAB, EXIT_TIMEOUT, LabError, cache_directory, me, say, staging
 from fetch import install_command, missing_packages
 from initramfs import Job
@@ -80,16 +81,17 @@ def guest_environment() -> dict[str, str]:
 
 def run_in_guest(options: argparse.Namespace) -> int:
     """Run the command in a fresh guest and return its exit status."""
-    if packages := missing_packages(["qemu-system-x86_64"]):
+    tools = ["qemu-system-x86_64", *(systemd.PROGRAMS if options.init == "systemd" else ())]
+    if packages := missing_packages(tools):
         hint = shlex.join(install_command(packages))
-        raise LabError(f"QEMU is not installed; as root: {hint}")
+        raise LabError(f"not installed: {', '.join(packages)}; as root: {hint}")
     cache = cache_directory()
     kernel = need_kernel(cache, options.kernel)
     if not (cache / "busybox").is_file():
         raise LabError(f"busybox is not in {cache}; get it: {me()} setup")
     machine = Machine(accelerator(cache, kernel), options.cpus, options.memory)
     writable = tuple(dict.fromkeys(writable_directory(path) for path in options.rw))
-    job = Job(tuple(options.command), str(Path.cwd()), guest_environment(), writable)
+    job = Job(tuple(options.command), str(Path.cwd()), guest_environment(), writable, options.init)
     with contextlib.ExitStack() as stack:
         console = None
         if options.console:

@@ -72,6 +72,37 @@ def test_every_kernel_has_the_driver_and_the_asked_cpus(kernel: str) -> None:
     assert done.returncode == 0
 
 
+@pytest.mark.parametrize("kernel", ["lts", "new"])
+def test_systemd_can_be_process_1_and_the_command_is_its_service(kernel: str) -> None:
+    script = (
+        "cat /proc/1/comm; cat /proc/self/cgroup; stat -f -c %T /sys/fs/cgroup; hostname;"
+        "for try in 1 2 3 4 5 6 7 8 9; do state=$(systemctl is-system-running) && break; sleep 1;"
+        "done; echo $state; systemctl is-active systemd-journald dbus;"
+        "systemctl is-active systemd-udevd systemd-logind;"
+        "busctl --system call org.freedesktop.DBus / org.freedesktop.DBus NameHasOwner s "
+        "org.freedesktop.systemd1; echo ${INVOCATION_ID-unset} ${KEPT-unset};"
+        # Left to itself, systemd would start it again and again while the guest ends.
+        "systemd-run --quiet --unit=left -p Restart=always -p RestartSec=0 sleep 1000;"
+        "systemctl show -P MainPID left | grep -cvx 0; sleep 1000 & printf '\\377' >&2; exit 7"
+    )
+    arguments = ("run", "--init", "systemd", "--kernel", kernel, "--", "/bin/sh", "-c", script)
+    done = lab(*arguments, environment={"KEPT": "kept"})
+    assert done.stdout.decode().splitlines() == [
+        *("systemd", "0::/system.slice/lab.service", "cgroup2fs", "ublkwatch-lab", "running"),
+        *("active", "active", "inactive", "inactive", "b true", "unset kept", "1"),
+    ], done.stderr.decode(errors="replace")
+    assert done.stderr.endswith(b"cpus)\n\xff")
+    assert done.returncode == 7
+
+
+def test_a_command_under_systemd_that_takes_too_long_is_killed() -> None:
+    script = "echo up; sleep 1000"
+    done = lab("run", "--init", "systemd", "--timeout", "10", "--", "/bin/sh", "-c", script)
+    assert done.returncode == 124
+    assert done.stdout == b"up\n"
+    assert b"still running after 10 s" in done.stderr
+
+
 def test_a_guest_writes_what_it_was_given_and_nothing_else(tmp_path: Path) -> None:
     given, kept = tmp_path / "given it's", tmp_path / "kept"
     given.mkdir()
@@ -158,6 +189,17 @@ def test_headers_are_where_the_verb_says_and_only_setup_fetches_them(tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+def test_kublk_is_where_the_verb_says_and_runs_here_and_in_a_guest() -> None:
+    program = lab("kublk").stdout.decode().strip()
+    here = subprocess.run([program, "help"], capture_output=True, check=False)
+    assert b"recover" in here.stdout
+    script = 'modprobe ublk_drv && "$0" features && "$0" add -t null -q 2 -r 1 && "$0" del -n 0'
+    done = lab("run", "--", "/bin/sh", "-c", script, program)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"USER_RECOVERY" in done.stdout
+    assert b"state LIVE" in done.stdout
+
+
 def test_a_setup_without_a_network_ends_in_one_line_that_says_what_to_repeat(
     tmp_path: Path,
 ) -> None:
@@ -175,7 +217,7 @@ def test_a_setup_without_a_network_ends_in_one_line_that_says_what_to_repeat(
     assert done.returncode == 125
     progress, last = done.stderr.decode().splitlines()
     assert progress.startswith("lab: reading package lists of ")
-    assert last.startswith("lab: could not fetch busybox, headers, kernel new: ")
+    assert last.startswith("lab: could not fetch busybox, headers, kublk, kernel new: ")
     assert "Failed to fetch it" in last
     assert last.endswith("lab.py setup --kernel new")
     assert [path.name for path in cache.iterdir()] == ["lock"]
