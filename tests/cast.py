@@ -27,7 +27,7 @@ POINTS = (
 )
 SPECIAL = (
     *("good", "no-start", "slow-start", "slow-attach", "twice-ready", "mute", "leak"),
-    *("fork-away", "silent"),
+    *("fork-away", "silent", "slow-launch"),
 )
 KINDS = (*(f"{act}-{point}" for act in ("exit", "hang") for point in POINTS), *SPECIAL)
 _OPEN_PATIENCE_S = 10.0

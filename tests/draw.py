@@ -17,6 +17,7 @@ from pathlib import Path
 from ublkwatch.events import (
     Asked,
     AttemptOver,
+    AttemptShared,
     Decided,
     EndReplied,
     Event,
@@ -47,9 +48,11 @@ from ublkwatch.model import (
     Reason,
     Record,
     ServerId,
+    SpawnVerdict,
 )
 from ublkwatch.recovery import answer
 from ublkwatch.uapi import DevFlags, DevState
+from ublkwatch.verdict import PERMANENT
 
 DOCUMENT = Path(__file__).parent.parent / "docs/recovery.md"
 BEGIN, END = "<!-- drawn by python -m tests.draw -->", "<!-- end of drawing -->"
@@ -75,6 +78,13 @@ POLICIES = (
     replace(_G3, seen_live=False),
     replace(_G3, has_spec=False),
     replace(_G3, generation=Generation.UNKNOWN),
+)
+
+
+# The reasons that make a difference to what comes next.
+_TELLING = (
+    *(None, Reason.FORGOTTEN, Reason.NOT_QUIESCED, Reason.NO_ANSWER, Reason.HALF_ATTACHED),
+    *(Reason.HOOK_LATER, Reason.SHARED_SERVER),
 )
 
 
@@ -113,29 +123,31 @@ def _alphabet(seq: int) -> Iterator[Told]:
     yield Told(Spawned(seq, FRESH))
     yield Told(Spawned(seq - 1, FRESH))
     yield Told(Ready(seq))
-    yield Told(SpawnFailed(seq, ""))
+    yield from (Told(SpawnFailed(seq, "", verdict)) for verdict in SpawnVerdict)
+    yield from (Told(SpawnFailed(seq, "exit", ran=True, code=code)) for code in (0, 1))
     for error in (0, errno.EBUSY, errno.EINVAL, errno.EINTR, errno.ETIMEDOUT, errno.ENODEV):
         yield Told(StartReplied(seq, error))
         yield Told(EndReplied(seq, error))
-    for unread in (False, True):
-        yield Told(AttemptOver(seq, unread))
-    yield Told(HoldersFound(seq, "who"))
+    yield from (Told(AttemptOver(seq, unread)) for unread in (False, True))
+    yield from (Told(AttemptShared(seq, server, "them")) for server in (SERVING, CANDIDATE, FRESH))
+    yield from (Told(HoldersFound(seq, "who", free, 1000.0), 1.0) for free in (False, True))
     for server in (None, FRESH):
         yield Told(ServerFound(seq, server))
         yield Told(Resumed(server))
-    for error in (0, errno.EBUSY, errno.ENODEV):
-        yield Told(StopReplied(seq, error))
-    for code in (10, 20, 0):
-        yield Told(Decided(seq, code))
-    for after_s in (1.0, 2.0, 1000.0):
-        yield Told(Woken(), after_s)
-    for order in Order:
-        yield Told(Asked(order))
+    yield from (Told(StopReplied(seq, error)) for error in (0, errno.EBUSY, errno.ENODEV))
+    yield from (Told(Decided(seq, code)) for code in (10, 20, 0))
+    yield from (Told(Woken(), after_s) for after_s in (1.0, 2.0, 1000.0))
+    yield from (Told(Asked(order)) for order in Order)
     yield Told(Asked(Order.HOLD, until=1.0))
     yield Told(ShutdownBegun())
 
 
 ALPHABET = tuple(_alphabet(1))
+
+
+def ago(at: float | None, now: float) -> float | None:
+    """Return a moment as of time 0, as one of AGES."""
+    return None if at is None else -max(age for age in AGES if age <= max(0.0, now - at))
 
 
 def fold(record: Record, now: float) -> Record:
@@ -166,13 +178,17 @@ def fold(record: Record, now: float) -> Record:
         server=names[record.server],
         candidate=names[record.candidate],
         seq=1,
+        spawned_at=ago(record.spawned_at, now),
         ready=record.ready,
         holders="who" if record.holders else "",
         agreed=min(record.agreed, 2),
+        quiet_since=ago(record.quiet_since, now),
+        free_since=ago(record.free_since, now),
         armed=record.armed,
         lined=record.lined,
         pending=record.pending,
         over=record.over,
+        shared=record.shared,
         ends=record.ends if record.ends < 2 else 8,
         then=record.then,
         failures=(0.0,) * min(len(record.failures), 2),
@@ -196,26 +212,32 @@ def kind(record: Record, *, ending: bool) -> tuple[object, ...]:
     hold = (record.held or ending, record.held_until is None, record.overdue)
     common = (record.phase, hold, record.lined)
     nobody, untried = record.server is None, record.candidate is None
+    queued = record.spawned_at is None
     match record.phase:
         case Phase.OBSERVED | Phase.WATCHING:
             left = (nobody, untried, record.pending, record.over)
             return (*common, left, record.reason, state, bool(record.crippled))
         case Phase.DRAINING:
-            return (*common, nobody, untried, record.ready, record.agreed, record.armed)
+            quiet = (record.quiet_since is None, record.free_since is None)
+            coming = (untried, queued, record.ready)
+            return (*common, nobody, coming, record.agreed, record.armed, quiet)
         case Phase.STARTING:
             return (*common, untried, record.armed)
         case Phase.ATTACHING:
             refused = bool(record.refused) and record.agreed
-            return (*common, untried, record.pending, record.armed, refused)
+            return (*common, untried, queued, record.pending, record.armed, refused)
         case Phase.PROBATION:
             return (*common, nobody, record.agreed, bool(record.crippled))
         case Phase.STOPPING:
             left = (nobody, untried, record.pending, record.over)
-            return (*common, record.then, left, record.reason)
+            why = record.reason if record.reason in _TELLING else record.reason in PERMANENT
+            return (*common, record.then, left, record.shared, record.armed, why)
         case Phase.FAILING:
             return (*common, nobody, record.pending, record.over, record.agreed)
     named = record.reason in (Reason.NOT_QUIESCED, Reason.NO_ANSWER)
-    stuck = record.pending or not record.over
+    stuck = (record.pending, record.over, record.shared, untried)
+    if record.phase is Phase.BACKOFF:
+        return (*common, nobody, stuck, record.armed)
     return (*common, nobody, record.stopped, stuck, record.reason if named else None)
 
 

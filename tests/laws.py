@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from world import World
 
 _MAY_FAIL = frozenset(Reason) - PERMANENT
+_LOOKED_S = 15.0  # a delegate starts so long after the look, where GET_PARAMS is waited for
 _FLIGHT_S = 0.1  # what was already on its way when the truth was read
 
 
@@ -63,7 +64,9 @@ class Laws:
         """One START or END at a time; END only in a round that a START began."""
         if command not in ("START_USER_RECOVERY", "END_USER_RECOVERY"):
             return
-        if self._world.policy.handoff is Handoff.DELEGATED:
+        delegated = self._world.policy.handoff is Handoff.DELEGATED
+        probe = command.startswith("START") and self._world.story.generation is Generation.G3
+        if delegated and not probe:  # on G3 START costs nothing, and tells whether all is free
             self._break(f"{command}, where the server's own command does that")
         self._acts(command, dev_id)
         self._committed(command, dev_id, Phase.STARTING if "START" in command else Phase.ATTACHING)
@@ -102,6 +105,11 @@ class Laws:
         if others and not any("leaked" in other for other in others):
             self._break(f"attempt {tag} begins while there is {', '.join(others)}")
         now, policy = self._world.loop.time(), self._world.policy
+        device = self._world.driver.devices.get(dev_id)
+        if policy.handoff is Handoff.DELEGATED and device is not None and device.file is not None:
+            held_s = now - device.file.opened_at
+            if (who := holder(device)) is not None and held_s > _LOOKED_S:
+                self._break(f"a delegate is started, and {who} holds the device for {held_s:.1f} s")
         recent = [at for at in self._spawns.get(dev_id, []) if now - at < policy.window_s]
         self._spawns[dev_id] = [*recent, now]
         # What brings another budget: an operator, or the command that decides for him.

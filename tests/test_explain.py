@@ -41,6 +41,9 @@ FLAGS = {
 SERVER = ServerId(1000, 5, "boot")
 
 
+UP: dict[str, Any] = {"phase": Phase.DRAINING, "spawned_at": 4999.0}
+
+
 def info(state: DevState | int = DevState.QUIESCED, flags: DevFlags = REISSUE) -> DevInfo:
     return DevInfo(3, state, flags, 2, 128, 524288, 1000)
 
@@ -140,8 +143,15 @@ def test_whether_somebody_is_there_to_act_is_said_first() -> None:
         ({"phase": Phase.WATCHING}, {"grace_s": 300}, "it is recovered after 5 min"),
         ({"phase": Phase.WATCHING, "held": True}, {}, "nothing is done while it is held"),
         ({"phase": Phase.GRACE}, {}, "recovery begins in 3.2 s, unless somebody else"),
-        ({"phase": Phase.DRAINING}, {}, "once the new server is ready and the kernel has let go"),
-        ({"phase": Phase.DRAINING}, {}, "given up in 29 s"),  # ready_timeout_s, since 1 s
+        (UP, {}, "once the new server is ready and the kernel has let go"),
+        (UP, {}, "given up in 29 s"),  # ready_timeout_s, since 1 s
+        ({"phase": Phase.DRAINING}, {}, "once the new server is started, and ready and the kernel"),
+        ({"phase": Phase.DRAINING, "agreed": 1}, {}, "given up in 10 min"),  # queue_timeout_s
+        (
+            {"phase": Phase.DRAINING, "agreed": 1, "quiet_since": NOW - 2, "holders": "pid 7"},
+            {"generation": Generation.G2, "handoff": Handoff.DELEGATED},
+            "once nobody has the character device open (pid 7); given up in 58 s",
+        ),
         (
             {"phase": Phase.DRAINING, "ready": True, "candidate": SERVER, "holders": "pid 7"},
             {},
@@ -151,7 +161,22 @@ def test_whether_somebody_is_there_to_act_is_said_first() -> None:
         ({"phase": Phase.STARTING, "holders": "pid 7"}, {}, "given up in 89 s; EBUSY so far: pid"),
         ({"phase": Phase.ATTACHING}, {}, "LIVE, once the new server has fetched every request"),
         ({"phase": Phase.ATTACHING}, {}, "it is ended in 14 s"),
-        ({"phase": Phase.ATTACHING}, {"handoff": Handoff.DELEGATED}, "it is ended in 44 s"),
+        ({"phase": Phase.ATTACHING}, {"handoff": Handoff.DELEGATED}, "server is started, and has"),
+        (
+            {"phase": Phase.ATTACHING, "spawned_at": NOW - 1},
+            {"handoff": Handoff.DELEGATED},
+            "it is ended in 44 s",
+        ),
+        (
+            {"phase": Phase.STOPPING, "reason": Reason.HOOK_LATER},
+            {"attempts_max": 3},
+            "when all has ended, another attempt follows",
+        ),
+        (
+            {"phase": Phase.FAILED, "shared": True, "candidate": SERVER},
+            {},
+            "nothing until process 1000 ends; then this device is recovered with the others",
+        ),
         ({"phase": Phase.PROBATION}, {}, "if it is still LIVE in 3.2 s, that is believed"),
         ({"phase": Phase.STOPPING}, {}, "when all has ended, another attempt follows"),
         ({"phase": Phase.STOPPING}, {"attempts_max": 3}, "when all has ended, it is given up"),
@@ -217,7 +242,9 @@ def test_half_attached_is_refused_where_it_could_crash_the_kernel() -> None:
     ("reason", "state", "says"),
     [
         (Reason.NO_RECOVERY_FLAG, DevState.LIVE, "create it again, with UBLK_F_USER_RECOVERY"),
-        (Reason.NO_SPEC, DevState.LIVE, "a [[device]] with dev_id = 3 is missing"),
+        (Reason.NO_SPEC, DevState.LIVE, "`ublkwatch register 3 -- COMMAND...` does"),
+        (Reason.FOREIGN, DevState.LIVE, "it is left to who restarts its server"),
+        (Reason.UNTRUSTED, DevState.LIVE, "nothing, until that can be trusted"),
         (Reason.NO_FEATURES, DevState.LIVE, "a newer kernel is needed"),
         (Reason.NO_VISIBLE_SERVER, DevState.LIVE, "watched as soon as a process that can be seen"),
         (Reason.UNKNOWN_STATE, 9, "a newer ublkwatch is needed"),
@@ -374,13 +401,17 @@ records = st.builds(
     info=st.none() | infos,
     server=servers,
     candidate=servers,
+    spawned_at=maybe,
     ready=st.booleans(),
     holders=st.text(max_size=5),
     agreed=st.integers(0, 3),
+    quiet_since=maybe,
+    free_since=maybe,
     armed=st.sampled_from(Armed),
     lined=st.booleans(),
     pending=st.booleans(),
     over=st.booleans(),
+    shared=st.booleans(),
     then=st.none() | st.sampled_from(Phase),
     failures=st.lists(moments, max_size=12).map(tuple),
     attempts=st.integers(0, 200),

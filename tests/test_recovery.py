@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from stories import BOOT, INFO, NEW, OLD, OTHER, Story
 
+from ublkwatch import orders
 from ublkwatch.events import (
     AttemptOver,
     Cancel,
@@ -35,6 +36,7 @@ from ublkwatch.events import (
 from ublkwatch.model import (
     Armed,
     Generation,
+    Order,
     Phase,
     Policy,
     Reason,
@@ -119,7 +121,7 @@ def test_two_reads_must_agree_where_no_pidfd_spoke(story: Story) -> None:
     story.tell(story.read(DevState.LIVE, OLD))
     assert story.tell(story.read(DevState.QUIESCED)) == [ReadInfo()]  # it began anew
     effects = story.tell(story.read(DevState.QUIESCED))
-    assert effects == [Kill(OLD), Spawn(1), ReadInfo()]
+    assert effects == [Kill(OLD, 1), Spawn(1), ReadInfo()]
     assert story.record.detected_by == "poll"
 
 
@@ -145,6 +147,7 @@ def test_fail_io_is_an_outage_like_quiesced(story: Story) -> None:
         (DevFlags(0), {}, Reason.NO_RECOVERY_FLAG),
         (DevFlags.USER_RECOVERY | DevFlags.UNPRIVILEGED_DEV, {}, Reason.NO_RECOVERY_FLAG),
         (DevFlags.USER_RECOVERY, {"has_spec": False}, Reason.NO_SPEC),
+        (DevFlags.USER_RECOVERY, {"has_spec": False, "hands_off": Reason.FOREIGN}, Reason.FOREIGN),
         (DevFlags.USER_RECOVERY, {"generation": Generation.UNKNOWN}, Reason.NO_FEATURES),
     ],
 )
@@ -312,3 +315,14 @@ def test_time_in_which_we_slept_counts_for_no_deadline(story: Story) -> None:
     assert story.tell(Woken()) == []
     assert story.record.phase is Phase.ATTACHING
     assert story.sleep() == [Cancel(1), EndAttempt(1)]  # and then it counts again
+
+
+def test_why_a_device_is_only_reported_has_its_particulars(story: Story) -> None:
+    why = "/opt/x: others can write it"
+    story.policy = replace(story.policy, has_spec=False, hands_off=Reason.UNTRUSTED)
+    story.policy = replace(story.policy, hands_off_why=why)
+    story.tell(story.read(DevState.LIVE, OLD))
+    assert (story.record.phase, story.record.reason) == (Phase.OBSERVED, Reason.UNTRUSTED)
+    assert story.record.detail == why
+    refusal = orders.objection(story.record, Order.RECOVER, story.policy)
+    assert refusal == Reason.UNTRUSTED.value

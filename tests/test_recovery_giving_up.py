@@ -62,14 +62,15 @@ def test_a_server_that_dies_before_its_line_costs_an_attempt(story: Story) -> No
     ("fact", "reason"),
     [
         (SpawnFailed(1, "ENOENT"), Reason.SPAWN_FAILED),
-        (None, Reason.NOT_READY),
+        (Spawned(1, NEW), Reason.NOT_READY),
     ],
 )
 def test_a_server_that_does_not_come_up_costs_an_attempt(
-    story: Story, fact: Event | None, reason: Reason
+    story: Story, fact: Event, reason: Reason
 ) -> None:
-    story.draining()
-    story.tell(fact) if fact else story.tell(Woken(), after_s=story.policy.ready_timeout_s)
+    story.draining().tell(fact)
+    if story.is_in(Phase.DRAINING):
+        story.tell(Woken(), after_s=story.policy.ready_timeout_s)
     story.tell(AttemptOver(1))
     assert (story.record.phase, story.record.reason) == (Phase.BACKOFF, reason)
     assert len(story.record.failures) == 1
@@ -297,7 +298,7 @@ def test_stop_is_not_sent_where_the_server_may_live(story: Story, pid: int) -> N
 def test_stop_waits_for_the_servers_end(story: Story) -> None:
     story.policy = replace(story.policy, hold_timeout_s=5, grace_s=60)
     story.watching().tell(story.read(DevState.QUIESCED), story.read(DevState.QUIESCED))
-    assert story.tell(Woken(), after_s=6) == [Kill(OLD), ReadInfo()]
+    assert story.tell(Woken(), after_s=6) == [Kill(OLD, 0), ReadInfo()]
     assert story.tell(*[story.read(DevState.QUIESCED)] * 3) == []
     assert story.tell(ServerExited(OLD)) == [ReadInfo()]
     assert story.tell(story.read(DevState.QUIESCED)) == [SendStop(0)]

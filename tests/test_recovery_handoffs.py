@@ -11,9 +11,13 @@ from stories import BOOT, NEW, OLD, OTHER, Story
 from ublkwatch.events import (
     AttemptOver,
     Cancel,
+    Effect,
     EndAttempt,
     EndReplied,
+    FindHolders,
     FindServer,
+    HoldersFound,
+    InfoMissing,
     Kill,
     ReadInfo,
     Ready,
@@ -27,6 +31,7 @@ from ublkwatch.events import (
     SpawnFailed,
     StartReplied,
     Watch,
+    Woken,
     WriteLine,
 )
 from ublkwatch.model import (
@@ -69,9 +74,26 @@ def attached(story: Story) -> Story:
 def asked(story: Story) -> Story:
     """Tell it up to the recover command's start."""
     story.watching().tell(ServerExited(OLD))
-    assert story.tell(story.read(DevState.QUIESCED)) == [Spawn(1)]
+    assert free(story) == Spawn(1)
     assert story.tell(Spawned(1, NEW)) == [Watch(NEW)]
     return story
+
+
+def free(story: Story) -> Effect:
+    """Let the kernel let go, and nobody hold the character device; return what follows."""
+    seq = story.record.seq
+    effects = story.tell(story.read(DevState.QUIESCED))
+    if story.policy.generation is Generation.G3:
+        assert effects == [SendStart(seq)]
+        effects = story.tell(StartReplied(seq, 0))
+    else:
+        assert effects == [FindHolders(seq)]
+        assert story.tell(HoldersFound(seq, "nobody", free=True, began=story.now)) == []
+        story.now += story.policy.settle_s
+        effects = story.tell(Woken())
+    assert story.is_in(Phase.ATTACHING)
+    assert len(effects) == 1
+    return effects[0]
 
 
 # --- attach = "start" ----------------------------------------------------------------------------
@@ -177,7 +199,9 @@ def test_a_delegate_speaks_every_command_itself(delegated: Story) -> None:
     delegated.sleep()
     delegated.tell(delegated.read(DevState.LIVE, FAR))
     assert (delegated.record.phase, delegated.record.server) == (Phase.WATCHING, FAR)
-    assert not [w for w in delegated.wishes if isinstance(w, SendStart | SendEnd | WriteLine)]
+    assert not [w for w in delegated.wishes if isinstance(w, SendEnd | WriteLine)]
+    starts = [wish for wish in delegated.wishes if isinstance(wish, SendStart)]
+    assert len(starts) == (delegated.policy.generation is Generation.G3)
 
 
 def test_a_delegate_that_exits_with_0_is_believed_when_the_device_is_live(
@@ -209,8 +233,7 @@ def test_a_delegate_that_fails_is_final_on_g2_and_retried_by_order(
     else:
         assert delegated.is_in(Phase.BACKOFF)
         assert delegated.sleep() == [ReadInfo()]
-    delegated.tell(delegated.read(DevState.QUIESCED))
-    assert delegated.wishes[-1] == Spawn(2)
+    assert free(delegated) == Spawn(2)
 
 
 def test_a_delegate_is_waited_for_after_our_restart(delegated: Story) -> None:
@@ -220,6 +243,156 @@ def test_a_delegate_is_waited_for_after_our_restart(delegated: Story) -> None:
     assert delegated.is_in(Phase.ATTACHING)
     delegated.tell(delegated.read(DevState.LIVE, FAR))
     assert delegated.is_in(Phase.PROBATION)
+
+
+def test_a_delegate_waits_on_g2_until_nobody_holds_the_character_device() -> None:
+    """There START would be the end of the command's own."""
+    story = Story(Generation.G2, handoff=Handoff.DELEGATED).watching()
+    story.tell(ServerExited(OLD))
+    assert story.tell(story.read(DevState.QUIESCED)) == [FindHolders(1)]
+    story.tell(HoldersFound(1, "held by 7", began=story.now))
+    pauses = []
+    for _ in range(8):
+        before = story.now
+        assert story.sleep() == [FindHolders(1), ReadInfo()]
+        pauses.append(story.now - before)
+        story.tell(HoldersFound(1, "held by 7", began=story.now))
+    assert pauses == sorted(pauses)
+    assert (pauses[0], pauses[-1]) == pytest.approx((0.2, 1.51875))
+    story.tell(HoldersFound(1, "nobody", free=True, began=story.now))
+    assert not [wish for wish in story.wishes if isinstance(wish, Spawn | SendStart)]
+    free_at = story.now
+    assert story.sleep() == [Spawn(1)]
+    assert story.now == pytest.approx(free_at + story.policy.settle_s)
+
+
+def test_a_holder_that_comes_while_the_device_settles_is_waited_for_too() -> None:
+    story = Story(Generation.G2, handoff=Handoff.DELEGATED).watching()
+    story.tell(ServerExited(OLD), story.read(DevState.QUIESCED))
+    story.tell(HoldersFound(1, "nobody", free=True, began=story.now))
+    story.tell(HoldersFound(1, "held by 7", began=story.now))
+    assert story.sleep() == [FindHolders(1), ReadInfo()]
+    assert story.is_in(Phase.DRAINING)
+
+
+def test_a_look_from_before_the_kernel_let_go_says_nothing() -> None:
+    story = Story(Generation.G2, handoff=Handoff.DELEGATED).watching()
+    story.tell(ServerExited(OLD))
+    began = story.now
+    story.tell(story.read(DevState.LIVE), after_s=1)
+    story.tell(story.read(DevState.QUIESCED), after_s=1)
+    story.tell(HoldersFound(1, "nobody", free=True, began=began))
+    assert story.record.free_since is None
+    # Neither does one from before somebody had it LIVE for a moment.
+    began = story.now
+    story.tell(story.read(DevState.LIVE), after_s=1)
+    story.tell(HoldersFound(1, "nobody", free=True, began=began))
+    assert story.tell(story.read(DevState.QUIESCED), after_s=1) == [FindHolders(1)]
+    assert story.record.free_since is None
+
+
+def test_a_holder_that_stays_costs_a_delegate_an_attempt_on_g2() -> None:
+    """Nothing was sent: it is not half attached, and another attempt may follow."""
+    story = Story(Generation.G2, handoff=Handoff.DELEGATED).watching()
+    story.tell(ServerExited(OLD), story.read(DevState.QUIESCED))
+    begun = story.now
+    while story.is_in(Phase.DRAINING):
+        story.tell(HoldersFound(1, "held by 7", began=story.now))
+        story.sleep()
+    assert story.now - begun == pytest.approx(story.policy.start_timeout_s)
+    assert story.record.reason is Reason.CHAR_DEVICE_BUSY
+    story.over()
+    assert (story.record.phase, story.record.detail) == (Phase.BACKOFF, "held by 7")
+    assert not [wish for wish in story.wishes if isinstance(wish, Spawn)]
+
+
+def test_a_holder_is_named_by_start_on_g3() -> None:
+    story = Story(handoff=Handoff.DELEGATED).watching()
+    story.tell(ServerExited(OLD), story.read(DevState.QUIESCED))
+    story.tell(StartReplied(1, errno.EBUSY), AttemptOver(1))
+    assert (story.record.phase, story.record.reason) == (Phase.BACKOFF, Reason.CHAR_DEVICE_BUSY)
+    assert not [wish for wish in story.wishes if isinstance(wish, Spawn)]
+
+
+def test_hold_breaks_a_look_for_holders_off() -> None:
+    story = Story(Generation.G2, handoff=Handoff.DELEGATED).watching()
+    story.tell(ServerExited(OLD), story.read(DevState.QUIESCED))
+    story.ask(Order.HOLD)
+    story.over()
+    assert story.is_in(Phase.HELD)
+
+
+def test_a_delegate_may_say_by_its_exit_that_it_sent_nothing(delegated: Story) -> None:
+    delegated.policy = replace(delegated.policy, retry_exits=frozenset({3}))
+    asked(delegated).tell(ServerExited(NEW, "exit status 3", 3), AttemptOver(1))
+    assert (delegated.record.phase, delegated.record.reason) == (
+        Phase.BACKOFF,
+        Reason.DELEGATE_FAILED,
+    )
+    delegated.sleep()
+    assert free(delegated) == Spawn(2)
+
+
+@pytest.mark.parametrize("when", ["while it runs", "when it has failed", "when all is over"])
+def test_a_device_that_a_delegate_deleted_is_named(when: str) -> None:
+    story = asked(Story(handoff=Handoff.DELEGATED))
+    if when != "while it runs":
+        effects = story.tell(ServerExited(NEW, "exit status 1", 1))
+        assert effects == [EndAttempt(1), ReadInfo()]
+    if when == "when all is over":
+        story.over()
+    story.tell(InfoMissing())
+    if story.is_in(Phase.STOPPING):
+        story.over()
+    assert (story.record.phase, story.record.reason) == (Phase.GONE, Reason.DELEGATE_DELETED)
+
+
+def test_a_device_that_is_dead_behind_a_delegate_is_named_as_well(delegated: Story) -> None:
+    asked(delegated).tell(delegated.read(DevState.DEAD), AttemptOver(1))
+    assert delegated.record.reason is Reason.DELEGATE_DELETED
+
+
+def test_a_device_that_goes_before_a_delegate_ran_was_not_deleted_by_it(delegated: Story) -> None:
+    delegated.watching().tell(ServerExited(OLD), delegated.read(DevState.QUIESCED), InfoMissing())
+    delegated.tell(StartReplied(1, errno.ENODEV), AttemptOver(1))
+    assert (delegated.record.phase, delegated.record.reason) == (Phase.GONE, None)
+
+
+@pytest.mark.parametrize("server", [FAR, None])
+def test_live_before_a_delegate_is_seen_to_start_is_asked_about(
+    delegated: Story, server: ServerId | None
+) -> None:
+    """Ours was quicker than the news of it; or somebody else's, behind which nothing is run."""
+    delegated.watching().tell(ServerExited(OLD))
+    assert free(delegated) == Spawn(1)
+    assert delegated.tell(delegated.read(DevState.LIVE, FAR)) == [FindServer(1)]
+    effects = delegated.tell(ServerFound(1, server))
+    if server:
+        assert effects == [Watch(FAR), ReadInfo()]
+        assert (delegated.record.phase, delegated.record.server) == (Phase.PROBATION, FAR)
+    else:
+        assert effects == [EndAttempt(1)]
+        delegated.over()
+        delegated.tell(delegated.read(DevState.LIVE, FAR))
+        assert (delegated.record.phase, delegated.record.server) == (Phase.WATCHING, FAR)
+
+
+def test_a_delegate_that_ended_before_it_was_seen_may_have_done_anything(delegated: Story) -> None:
+    delegated.watching().tell(ServerExited(OLD))
+    free(delegated)
+    delegated.tell(SpawnFailed(1, "exit status 1: no", ran=True, code=1), AttemptOver(1))
+    g2 = delegated.policy.generation is Generation.G2
+    assert delegated.record.phase is (Phase.FAILED if g2 else Phase.BACKOFF)
+    assert delegated.record.reason is Reason.DELEGATE_FAILED
+
+
+def test_a_front_end_that_left_before_it_was_seen_leaves_its_daemon(starts: Story) -> None:
+    starts.watching().tell(ServerExited(OLD), starts.read(DevState.QUIESCED), StartReplied(1, 0))
+    gone = SpawnFailed(1, "exit status 0", ran=True, code=0)
+    assert starts.tell(gone) == [FindServer(1)]
+    assert starts.tell(ServerFound(1, None)) == []
+    assert starts.sleep() == [FindServer(1)]
+    assert starts.tell(ServerFound(1, FAR)) == [Watch(FAR), SendEnd(1, FAR.pid)]
 
 
 def test_a_read_that_names_the_ended_server_is_late(delegated: Story) -> None:
@@ -234,7 +407,7 @@ def test_a_read_that_names_the_ended_server_is_late(delegated: Story) -> None:
 @pytest.mark.parametrize("seq", [0, 1])
 def test_a_server_that_came_up_too_late_is_ended(story: Story, seq: int) -> None:
     story.draining().tell(SpawnFailed(1, "x"), AttemptOver(1))
-    assert story.tell(Spawned(seq, OTHER)) == [Kill(OTHER)]
+    assert story.tell(Spawned(seq, OTHER)) == [Kill(OTHER, seq)]
 
 
 def test_ready_before_spawned_loses_nothing(story: Story) -> None:

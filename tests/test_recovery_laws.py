@@ -21,6 +21,7 @@ from ublkwatch.deaf import DEAF
 from ublkwatch.events import (
     Asked,
     AttemptOver,
+    AttemptShared,
     Cancel,
     Decide,
     Decided,
@@ -28,9 +29,12 @@ from ublkwatch.events import (
     EndAttempt,
     EndReplied,
     Event,
+    FindHolders,
     FindServer,
+    HoldersFound,
     InfoMissing,
     InfoRead,
+    Kill,
     QueueThreadLost,
     ReadInfo,
     Ready,
@@ -61,6 +65,7 @@ from ublkwatch.model import (
     Policy,
     Record,
     ServerId,
+    SpawnVerdict,
 )
 from ublkwatch.orders import objection
 from ublkwatch.recovery import answer, step
@@ -110,7 +115,10 @@ class World:
     command: type[Effect] | None = None  # with the kernel
     processes: set[ServerId] = field(default_factory=set)  # of the attempt, alive
     spawning: bool = False
+    started: bool = False  # a process of this attempt was
     finding: bool = False
+    looking: float | None = None  # when the last look for holders began
+    free: bool = False  # what the last look said that began behind the kernel's word
     accepted: bool = False  # START was, in this round
     touched: bool = False  # a server may have begun to attach
     half: bool = False  # and was ended before END was done
@@ -136,7 +144,8 @@ class World:
         if self.spawning:
             self.pid += 1
             facts += [Spawned(seq, ServerId(self.pid, 1, "boot"))] * 6
-            facts += [SpawnFailed(seq, "ENOENT")]
+            facts += [SpawnFailed(seq, "", verdict) for verdict in SpawnVerdict]
+            facts += [SpawnFailed(seq, "exit", ran=True, code=code) for code in (0, 1)]
         elif record.phase is Phase.DRAINING:
             facts += [Ready(seq)] * 4
         if self.command:
@@ -146,6 +155,11 @@ class World:
             facts += [reply(seq, error) for error in errors]
         if record.phase is Phase.STOPPING or not record.over:
             facts += [AttemptOver(seq)] * 3 if record.phase is Phase.STOPPING else []
+        if record.phase in (Phase.STOPPING, Phase.FAILING, Phase.DRAINING):
+            living = [server for server in (record.server, record.candidate) if server]
+            facts += [AttemptShared(seq, server, "others") for server in living]
+        if self.looking is not None:
+            facts += [HoldersFound(seq, "", free, self.looking) for free in (True, True, False)]
         if self.finding:
             facts += [ServerFound(seq, None), ServerFound(seq, ServerId(seq + 500, 1, "boot"))]
         if record.phase is Phase.DECIDING:
@@ -208,6 +222,7 @@ class World:
         match event:
             case Resumed():
                 self.command, self.spawning, self.finding = None, False, False
+                self.started, self.looking = True, None  # for all that is known
                 self.begun = 0
             case Asked(order=order):
                 self.begun = 0
@@ -231,15 +246,25 @@ class World:
             case StopReplied():
                 self.command = None
             case Spawned(server=server) if event.seq == seq:
-                self.spawning = False
+                self.spawning, self.started = False, True
                 self.processes.add(server)
-            case SpawnFailed() if event.seq == seq:
+                self.half |= self.touched and self.record.phase is Phase.STOPPING
+            case SpawnFailed(ran=True) if event.seq == seq:
+                self.spawning, self.started = False, True
+                self.half |= self.touched and self.record.phase is Phase.STOPPING
+            case SpawnFailed(verdict=verdict) if event.seq == seq:
                 self.spawning = self.touched = False
+                self.begun -= verdict is SpawnVerdict.LATER
             case ServerExited(server=server):
                 self.processes.discard(server)
             case AttemptOver() if event.seq == seq:
                 self.processes.clear()
                 self.spawning = False
+                self.touched &= self.started
+            case HoldersFound(free=free, began=began):
+                self.looking = None
+                quiet = self.record.quiet_since
+                self.free = free and quiet is not None and began >= quiet
             case ServerFound():
                 self.finding = False
 
@@ -255,8 +280,10 @@ class World:
                 self.touched = True
             case FindServer():
                 self.finding = True
+            case FindHolders():
+                self.looking = self.now
             case EndAttempt():
-                self.half |= self.touched
+                self.half |= self.touched and self.started
 
     def check_bounds(self, before: Record, event: Event, effects: tuple[Effect, ...]) -> None:
         record, policy = self.record, self.policy
@@ -273,6 +300,16 @@ class World:
             assert before.over or isinstance(event, Resumed), "one attempt: the last one is over"
             assert not before.pending or isinstance(event, Resumed), "one attempt: no command left"
             assert self.command is None, "one attempt: nothing is with the kernel"
+            self.started = self.free = False
+        if isinstance(event, AttemptShared) and before.phase is Phase.DRAINING:
+            self.begun -= record.phase is not before.phase  # not the attempt's fault
+        if before.shared and before.phase is Phase.FAILED:
+            ended = isinstance(event, ServerExited)
+            self.begun -= ended and record.phase is not before.phase  # one more is allowed
+            acts = (*ACTS, EndAttempt, Kill)
+            assert ended or not any(isinstance(effect, acts) for effect in effects), (
+                "shared: a server of other devices is left alone"
+            )
         if record.phase in (Phase.WATCHING, Phase.OBSERVED):
             self.begun, self.said_fail = 0, False
         assert self.begun <= policy.attempts_max + 1, "budget: attempts are limited"
@@ -310,7 +347,9 @@ class World:
             assert self.command is None, "commands: one at a time"
             assert record.pending, "commands: written down"
         if isinstance(effect, SendStart | SendEnd | WriteLine):
-            assert policy.handoff is Handoff.MANAGED, "delegated: no command of ours"
+            delegated = policy.handoff is Handoff.DELEGATED
+            free = isinstance(effect, SendStart) and not g2
+            assert free or not delegated, "delegated: no command of ours, but for START on G3"
             assert not (g2 and self.half), "half attached: neither START nor END on G2"
             assert record.server is None, "two servers: the old one is gone"
         match effect:
@@ -324,6 +363,7 @@ class World:
                 assert record.candidate != record.ended, "END: for one that lives"
             case Spawn() if g2 and policy.handoff is Handoff.DELEGATED:
                 assert not self.half, "half attached: no delegate on G2"
+                assert self.free, "delegated: nobody holds the device on G2"
             case SendStop():
                 assert record.phase is Phase.FAILING, "STOP: only when failing"
                 bound = record.held or policy.shutting_down

@@ -28,6 +28,7 @@ class CharFile:
     def __init__(self, device: Device, opener: Process) -> None:
         self.device, self.opener = device, opener
         self.holders = {opener}
+        self.opened_at = asyncio.get_running_loop().time()
         opener.files.append(self)
 
     def share(self, child: Process) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from dataclasses import replace
 
+from ublkwatch import pace
 from ublkwatch.events import (
     Cancel,
     EndAttempt,
@@ -24,7 +25,6 @@ from ublkwatch.events import (
 )
 from ublkwatch.model import (
     Armed,
-    Attach,
     Generation,
     Handoff,
     Phase,
@@ -41,15 +41,9 @@ ATTEMPTING = frozenset(
     {Phase.DRAINING, Phase.STARTING, Phase.ATTACHING, Phase.STOPPING, Phase.BACKOFF}
 )
 _FAILURES_MAX = 1000  # remembered
-LOOK_AGAIN_S = 1.0  # for the process that a server left behind
 # What a command ends with that was cancelled, or whose worker died: EIO is the worker's own.
 INTERRUPTED = (errno.EINTR, errno.EIO)
 _ENDS_MAX = 8  # how often END is sent for one server, whatever the answers
-
-
-def starts_early(policy: Policy) -> bool:
-    """Tell whether the new server may start while the kernel still drains: it waits for a line."""
-    return policy.handoff is Handoff.MANAGED and policy.attach is Attach.LINE
 
 
 # --- its way forward -----------------------------------------------------------------------------
@@ -74,50 +68,35 @@ def begin(record: Record, now: float, policy: Policy) -> Step:
         seq=seq,
         attempts=record.attempts + 1,
         candidate=None,
+        spawned_at=None,
         ready=False,
         holders="",
         over=False,
+        shared=False,
         agreed=0,
+        quiet_since=None,
+        free_since=None,
         ends=0,
         refused="",
         crippled="",
     )
     # A server that waits for its line comes up while the kernel tears down the old one's queues.
-    spawn = (Spawn(seq),) if starts_early(policy) else ()
+    spawn = (Spawn(seq),) if pace.starts_early(policy) else ()
     return record, (*strays(record), *spawn, ReadInfo())
-
-
-def let_go(record: Record) -> bool:
-    """Tell whether the old server is gone and the kernel has let go of it.
-
-    One read that agrees with the ended process is enough, else two in a row.
-    """
-    seen_ended = record.detected_by in ("pidfd", "thread")
-    return not record.server and record.agreed >= (1 if seen_ended else 2)
-
-
-def prepared(record: Record, policy: Policy) -> bool:
-    """Tell whether the new server is where it has to be before START."""
-    return not starts_early(policy) or (record.ready and record.candidate is not None)
 
 
 def try_start(record: Record, now: float, policy: Policy) -> Step:
     """Send START once the server is ready, the old one gone and the state agreed on."""
-    if not prepared(record, policy) or not let_go(record):
+    if not pace.prepared(record, policy) or not pace.let_go(record):
         return record, ()
-    if policy.handoff is Handoff.DELEGATED:
-        return attach(record, now, policy)  # its command sends START itself
+    if pace.looks_first(policy):
+        return pace.look(record, now, policy)
     if policy.generation is Generation.G2 and record.armed is Armed.YES:
         return attach(record, now, policy)  # G2 takes no second START, and needs none
     armed = Armed.SENT if record.armed is Armed.NO else record.armed
     wake = now + policy.holders_after_s
     record = enter(record, Phase.STARTING, now, wake=wake, armed=armed, pending=True)
     return record, (SendStart(record.seq),)
-
-
-def start_patience_s(policy: Policy) -> float:
-    """Return how long START may take: its retries while EBUSY, and some time to be answered."""
-    return policy.start_timeout_s + policy.stop_timeout_s
 
 
 def start_replied(record: Record, error: int, now: float, policy: Policy) -> Step:
@@ -141,7 +120,9 @@ def start_replied(record: Record, error: int, now: float, policy: Policy) -> Ste
         return record, ()
     if error == errno.ENODEV:
         return leave(record, Phase.GONE, now)
-    if error != errno.ETIMEDOUT and not prepared(record, policy):  # it died, and that came first
+    if error != errno.ETIMEDOUT and not pace.prepared(
+        record, policy
+    ):  # it died, and that came first
         return fail(record, record.reason or Reason.DIED_BEFORE_READY, record.detail, now)
     if taken:
         return attach(record, now, policy)
@@ -169,18 +150,11 @@ def attach(record: Record, now: float, policy: Policy) -> Step:
     END goes out right behind, and sleeps until every tag is fetched.
     """
     record = enter(record, Phase.ATTACHING, now, lined=True)
-    if not starts_early(policy):
-        wake = now + policy.drain_poll_s
-        if policy.handoff is Handoff.MANAGED:
-            wake = now + attach_patience_s(policy)
-        return replace(record, wake=wake), (Spawn(record.seq),)
-    record, effects = send_end(replace(record, wake=now + attach_patience_s(policy)))
+    if not pace.starts_early(policy):
+        record = replace(record, spawned_at=None)
+        return replace(record, wake=pace.attach_by(record, policy)), (Spawn(record.seq),)
+    record, effects = send_end(replace(record, wake=pace.attach_by(record, policy)))
     return record, (WriteLine(record.seq), *effects)
-
-
-def attach_patience_s(policy: Policy) -> float:
-    """Return how long ATTACHING may last; who starts only then has its start-up in it."""
-    return policy.attach_timeout_s + (0 if starts_early(policy) else policy.ready_timeout_s)
 
 
 def send_end(record: Record) -> Step:
@@ -225,7 +199,9 @@ def server_found(record: Record, server: ServerId | None, now: float, policy: Po
         return replace(record, server=server), (Watch(server), ReadInfo())
     if record.phase is not Phase.ATTACHING:
         return record, ()
-    if server is None and record.candidate is None and record.pending:
+    if policy.handoff is Handoff.DELEGATED:
+        return _whose(record, server, now, policy)
+    if server is None and record.candidate is None and record.armed is Armed.YES:
         return record, ()  # it may open the device yet: looked for again until the deadline
     if server is None or server == record.ended:
         reason = Reason.END_REFUSED if record.candidate else Reason.DIED_ATTACHING
@@ -234,12 +210,21 @@ def server_found(record: Record, server: ServerId | None, now: float, policy: Po
     if record.armed is Armed.NO:  # END was 0
         record, effects = live(record, server, now, policy)
         return record, (Watch(server), *effects)
-    wake = record.since + attach_patience_s(policy)
-    record = replace(record, candidate=server, wake=wake)
+    record = replace(record, candidate=server, wake=pace.attach_by(record, policy))
     if record.pending:  # END for the process that has left; its EINTR brings the next
         return record, (Watch(server), Cancel(record.seq))
     record, effects = send_end(record)
     return record, (Watch(server), *effects)
+
+
+def _whose(record: Record, server: ServerId | None, now: float, policy: Policy) -> Step:
+    """Take it whose LIVE it is that came before our delegate was seen to be started."""
+    if server is not None:
+        record, effects = live(record, server, now, policy)
+        return record, (Watch(server), *effects)
+    if record.spawned_at is None:  # somebody else's; a command that is run now could harm it
+        return leave(record, Phase.OBSERVED, now)
+    return record, ()
 
 
 def live(record: Record, server: ServerId, now: float, policy: Policy) -> Step:
@@ -263,39 +248,47 @@ def live(record: Record, server: ServerId, now: float, policy: Policy) -> Step:
 
 def exited(record: Record, event: ServerExited, now: float, policy: Policy) -> Step:
     """Take the end of the process that this attempt started."""
-    record = replace(record, ended=event.server)
-    permanent = event.code in policy.permanent_exits
+    return ended(replace(record, ended=event.server), event.how, event.code, now, policy)
+
+
+def ended(record: Record, how: str, code: int | None, now: float, policy: Policy) -> Step:
+    """Take the end of the attempt's process, whoever that was."""
+    permanent = code in policy.permanent_exits
     match record.phase:
         case Phase.DRAINING:
             reason = Reason.PERMANENT_EXIT if permanent else Reason.DIED_BEFORE_READY
-            return fail(record, reason, event.how, now)
+            return fail(record, reason, how, now)
         case Phase.STARTING:  # its START cannot be taken back: decided when that is answered
             reason = Reason.PERMANENT_EXIT if permanent else Reason.DIED_BEFORE_READY
-            return replace(record, candidate=None, reason=reason, detail=event.how), ()
+            return replace(record, candidate=None, reason=reason, detail=how), ()
         case Phase.ATTACHING if permanent:
-            return fail(record, Reason.PERMANENT_EXIT, event.how, now)
+            return fail(record, Reason.PERMANENT_EXIT, how, now)
         case Phase.ATTACHING if policy.handoff is Handoff.DELEGATED:
-            if _left_another(event):
-                return replace(record, candidate=None), (ReadInfo(),)
-            return fail(record, Reason.DELEGATE_FAILED, event.how, now)
-        case Phase.ATTACHING if _left_another(event) and not starts_early(policy):
+            if _left_another(how, code):
+                return replace(record, candidate=None, wake=now + policy.drain_poll_s), (
+                    ReadInfo(),
+                )
+            record = replace(record, lined=record.lined and code not in policy.retry_exits)
+            record, effects = fail(record, Reason.DELEGATE_FAILED, how, now)
+            return record, (*effects, ReadInfo())  # some delete the device when they fail
+        case Phase.ATTACHING if _left_another(how, code) and not pace.starts_early(policy):
             detail = "it left no process that has the character device open"
-            record = replace(record, candidate=None, detail=detail, wake=now + LOOK_AGAIN_S)
+            record = replace(record, candidate=None, detail=detail, wake=now + pace.LOOK_AGAIN_S)
             return record, (FindServer(record.seq),)
         case Phase.ATTACHING:
-            return fail(record, Reason.DIED_ATTACHING, event.how, now)
+            return fail(record, Reason.DIED_ATTACHING, how, now)
     return record, ()
 
 
-def _left_another(event: ServerExited) -> bool:
+def _left_another(how: str, code: int | None) -> bool:
     """Tell whether a process may have ended because another one serves in its place."""
-    return event.code == 0 or event.how == "unknown"  # unknown: the child of our former life
+    return code == 0 or how == "unknown"  # unknown: the child of our former life
 
 
 def died_in_probation(record: Record, event: ServerExited, now: float, policy: Policy) -> Step:
     """Take the end of the server under which the device had just become LIVE."""
     managed = policy.handoff is Handoff.MANAGED
-    if _left_another(event) and managed and not starts_early(policy):
+    if _left_another(event.how, event.code) and managed and not pace.starts_early(policy):
         return replace(record, detail=event.how), (FindServer(record.seq),)
     reason = Reason.DIED_IN_PROBATION
     if event.code in policy.permanent_exits:
@@ -317,6 +310,18 @@ def break_off(record: Record, now: float) -> Step:
     return _stop(replace(record, reason=None), None, now)
 
 
+def deleted_by_delegate(record: Record, policy: Policy) -> Reason | None:
+    """Return what to say of a device that is gone while its own recover command was at work."""
+    ran = policy.handoff is Handoff.DELEGATED and record.lined and record.spawned_at is not None
+    at_work = record.phase in (Phase.ATTACHING, Phase.STOPPING, Phase.BACKOFF)
+    return Reason.DELEGATE_DELETED if ran and at_work and record.then is None else None
+
+
+def end(record: Record, now: float) -> Step:
+    """End what is under way without counting it, for the reason that the record has."""
+    return _stop(record, None, now)
+
+
 def leave(record: Record, then: Phase, now: float, reason: Reason | None = None) -> Step:
     """End whatever is under way without counting it, and go to ``then``, for good.
 
@@ -324,7 +329,8 @@ def leave(record: Record, then: Phase, now: float, reason: Reason | None = None)
     """
     if record.reason is not Reason.FORGOTTEN:
         record = replace(record, reason=reason)
-    if record.phase in ATTEMPTING:
+    nothing_left = record.phase is Phase.BACKOFF and record.over and not record.pending
+    if record.phase in ATTEMPTING and not nothing_left:
         return _stop(record, then, now)
     return arrive(record, then, now)
 

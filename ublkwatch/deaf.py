@@ -9,6 +9,7 @@ from __future__ import annotations
 from ublkwatch.events import (
     Asked,
     AttemptOver,
+    AttemptShared,
     Decided,
     EndReplied,
     Event,
@@ -31,26 +32,47 @@ from ublkwatch.model import Phase
 
 DEAF: dict[Phase, frozenset[type[Event]]] = {
     Phase.OBSERVED: frozenset(
-        {Decided, HoldersFound, QueueThreadLost, Ready, ServerFound, ShutdownBegun, SpawnFailed}
+        {
+            AttemptShared,
+            Decided,
+            HoldersFound,
+            QueueThreadLost,
+            Ready,
+            ServerFound,
+            ShutdownBegun,
+            SpawnFailed,
+        }
     ),
     Phase.WATCHING: frozenset(
-        {Decided, HoldersFound, Ready, ServerFound, ShutdownBegun, SpawnFailed}
+        {AttemptShared, Decided, HoldersFound, Ready, ServerFound, ShutdownBegun, SpawnFailed}
     ),
     Phase.GRACE: frozenset(
-        {Decided, HoldersFound, QueueThreadLost, Ready, ServerFound, SpawnFailed}
+        {AttemptShared, Decided, HoldersFound, QueueThreadLost, Ready, ServerFound, SpawnFailed}
     ),
     Phase.HELD: frozenset(
-        {Decided, HoldersFound, QueueThreadLost, Ready, ServerFound, ShutdownBegun, SpawnFailed}
+        {
+            AttemptShared,
+            Decided,
+            HoldersFound,
+            QueueThreadLost,
+            Ready,
+            ServerFound,
+            ShutdownBegun,
+            SpawnFailed,
+        }
     ),
     Phase.DRAINING: frozenset(
         {Decided, EndReplied, QueueThreadLost, ServerFound, StartReplied, StopReplied}
     ),
     Phase.STARTING: frozenset(
-        {Decided, QueueThreadLost, Ready, ServerFound, ShutdownBegun, SpawnFailed}
+        {AttemptShared, Decided, QueueThreadLost, Ready, ServerFound, ShutdownBegun, SpawnFailed}
     ),
-    Phase.ATTACHING: frozenset({Decided, HoldersFound, QueueThreadLost, Ready, ShutdownBegun}),
+    Phase.ATTACHING: frozenset(
+        {AttemptShared, Decided, HoldersFound, QueueThreadLost, Ready, ShutdownBegun}
+    ),
     Phase.PROBATION: frozenset(
         {
+            AttemptShared,
             Decided,
             EndReplied,
             HoldersFound,
@@ -62,10 +84,11 @@ DEAF: dict[Phase, frozenset[type[Event]]] = {
         }
     ),
     Phase.STOPPING: frozenset(
-        {Decided, HoldersFound, QueueThreadLost, Ready, ServerFound, ShutdownBegun, SpawnFailed}
+        {Decided, HoldersFound, QueueThreadLost, Ready, ServerFound, ShutdownBegun}
     ),
     Phase.BACKOFF: frozenset(
         {
+            AttemptShared,
             AttemptOver,
             Decided,
             EndReplied,
@@ -80,6 +103,7 @@ DEAF: dict[Phase, frozenset[type[Event]]] = {
     ),
     Phase.DECIDING: frozenset(
         {
+            AttemptShared,
             AttemptOver,
             EndReplied,
             HoldersFound,
@@ -95,10 +119,20 @@ DEAF: dict[Phase, frozenset[type[Event]]] = {
         {Asked, Decided, HoldersFound, QueueThreadLost, Ready, ServerFound, SpawnFailed}
     ),
     Phase.FAILED: frozenset(
-        {Decided, HoldersFound, QueueThreadLost, Ready, ServerFound, ShutdownBegun, SpawnFailed}
+        {
+            AttemptShared,
+            Decided,
+            HoldersFound,
+            QueueThreadLost,
+            Ready,
+            ServerFound,
+            ShutdownBegun,
+            SpawnFailed,
+        }
     ),
     Phase.GONE: frozenset(
         {
+            AttemptShared,
             Asked,
             AttemptOver,
             Decided,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ublkwatch.model import DevInfo, Order, Record, ServerId
+from ublkwatch.model import DevInfo, Order, Record, ServerId, SpawnVerdict
 
 # --- facts: past tense, the machine's only input -------------------------------------------------
 
@@ -57,10 +57,13 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class SpawnFailed:
-    """No process of attempt ``seq`` could be started."""
+    """No process of attempt ``seq`` was started; or one was (``ran``), and has ended already."""
 
     seq: int
     why: str
+    verdict: SpawnVerdict = SpawnVerdict.FAILED
+    ran: bool = False
+    code: int | None = None  # of one that ran: its exit code, where that is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,15 @@ class AttemptOver:
 
     seq: int
     unread: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptShared:
+    """The process of attempt ``seq`` (or of Kill) lives: it serves ``others``, which are fine."""
+
+    seq: int
+    server: ServerId
+    others: str  # for people: "ublkb1, ublkb2"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +130,8 @@ class HoldersFound:
 
     seq: int
     who: str
+    free: bool = False  # nobody has, as far as can be seen
+    began: float = 0.0  # when the look began: CLOCK_MONOTONIC
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +171,7 @@ Event = (
     | StartReplied
     | EndReplied
     | AttemptOver
+    | AttemptShared
     | HoldersFound
     | ServerFound
     | StopReplied
@@ -221,14 +236,17 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class EndAttempt:
-    """SIGKILL every process of attempt ``seq``; AttemptOver when none is left."""
+    """SIGKILL every process of attempt ``seq``; AttemptOver when none is left.
+
+    None is killed that serves other devices, which are fine: AttemptShared says so.
+    """
 
     seq: int
 
 
 @dataclass(frozen=True, slots=True)
 class FindHolders:
-    """Look who has the character device open, for people to know."""
+    """Look who has the character device open; on G2 a delegate waits until nobody has."""
 
     seq: int
 
@@ -256,9 +274,14 @@ class Decide:
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """SIGKILL this process; its ServerExited follows."""
+    """SIGKILL this process; its ServerExited follows.
+
+    With ``sparing``, an attempt's number, one that serves other devices, which are fine, is left
+    alone: AttemptShared of that number says so.
+    """
 
     server: ServerId
+    sparing: int | None = None
 
 
 Effect = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from ublkwatch import attempt, orders, verdict
+from ublkwatch import orders, pace, verdict
 from ublkwatch.model import Generation, Order, Phase, Policy, Reason, Record, RecoveryMode
 from ublkwatch.status import state_name
 from ublkwatch.uapi import DevState
@@ -205,8 +205,18 @@ def _observed(record: Record, policy: Policy) -> str:
             return "nothing: nobody can recover it; create it again, with UBLK_F_USER_RECOVERY"
         case Reason.NO_SPEC:
             return (
-                f"nothing: a [[device]] with dev_id = {record.dev_id} is missing in the "
-                "configuration; add it and restart ublkwatch"
+                "nothing, until somebody says how to start its server: "
+                f"`ublkwatch register {record.dev_id} -- COMMAND...` does, and so does the "
+                "configuration"
+            )
+        case Reason.FOREIGN:
+            return (
+                "nothing: it is left to who restarts its server; where that is nobody: "
+                f"`ublkwatch register {record.dev_id} -- COMMAND...`"
+            )
+        case Reason.UNTRUSTED:
+            return (
+                "nothing, until that can be trusted: it is looked at again when ublkwatch reloads"
             )
         case Reason.NO_FEATURES:
             return "nothing: a newer kernel is needed"
@@ -228,6 +238,10 @@ def _failed(record: Record, policy: Policy) -> str:
         return (
             "nothing, unless the kernel lets go of the old server after all: then it is recovered"
         )
+    if record.shared:
+        pid = record.candidate or record.server or record.ended
+        process = f"process {pid.pid}" if pid else "that process"
+        return f"nothing until {process} ends; then this device is recovered with the others"
     retry = f"`ublkwatch retry {record.dev_id}`"
     if refusal := _refusal(record, Order.RETRY, policy):
         return f"nothing by itself; {retry} would be refused: {refusal}"
@@ -262,12 +276,14 @@ def _ahead(record: Record, policy: Policy, times: Times) -> str:
         case Phase.DRAINING:
             return _draining(record, policy, times)
         case Phase.STARTING:
-            end = times.ahead(since + attempt.start_patience_s(policy))
+            end = times.ahead(since + pace.start_patience_s(policy))
             busy = f"; EBUSY so far: {record.holders}" if record.holders else ""
             return f"the new server attaches once the kernel agrees; given up {end}{busy}"
         case Phase.ATTACHING:
-            end = times.ahead(since + attempt.attach_patience_s(policy))
-            return f"LIVE, once the new server has fetched every request; it is ended {end}"
+            end = times.ahead(pace.attach_by(record, policy))
+            queued = record.spawned_at is None and not pace.starts_early(policy)
+            once = "is started, and " if queued else ""
+            return f"LIVE, once the new server {once}has fetched every request; it is ended {end}"
         case Phase.PROBATION:
             return f"if it is still LIVE {wake}, that is believed{held}"
         case Phase.STOPPING:
@@ -285,20 +301,30 @@ def _ahead(record: Record, policy: Policy, times: Times) -> str:
 
 
 def _draining(record: Record, policy: Policy, times: Times) -> str:
-    waits = []
-    end = record.since + policy.drain_timeout_s
-    if not attempt.prepared(record, policy):
-        waits.append("the new server is ready")
-        end = min(end, record.since + policy.ready_timeout_s)
-    if not attempt.let_go(record):
+    waits, ends = [], []
+    if not pace.prepared(record, policy):
+        queued = record.spawned_at is None
+        waits.append(f"the new server is {'started, and ' if queued else ''}ready")
+        ends.append(pace.ready_by(record, policy))
+    if not pace.let_go(record):
         waits.append("the kernel has let go of the old server")
+        ends.append(record.since + policy.drain_timeout_s)
+    elif pace.looks_first(policy):
+        waits.append("nobody has the character device open")
+        quiet_since = record.since if record.quiet_since is None else record.quiet_since
+        ends.append(quiet_since + policy.start_timeout_s)
+    end = min(ends, default=record.since + policy.drain_timeout_s)
     blame = f" ({record.holders})" if record.holders else ""
     what = "START_USER_RECOVERY goes out"
+    if pace.looks_first(policy):
+        what = "its own recover command is run"
     return f"{what} once {' and '.join(waits) or 'all is read'}{blame}; given up {times.ahead(end)}"
 
 
 def _another(record: Record, policy: Policy) -> bool:
     """Tell whether an attempt that failed may be followed by another one, as verdict.settle()."""
+    if record.reason is Reason.HOOK_LATER:
+        return not (record.held or record.overdue)
     final = record.reason in verdict.PERMANENT or len(record.failures) >= policy.attempts_max
     half = record.lined and policy.generation is Generation.G2
     return not (final or half or record.held or record.overdue)

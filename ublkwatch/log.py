@@ -12,7 +12,7 @@ from ublkwatch.model import Phase
 _LINES_MAX = 10_000
 _EXPLAINED = (
     *(Phase.OBSERVED, Phase.HELD, Phase.STOPPING, Phase.BACKOFF),
-    *(Phase.DECIDING, Phase.FAILING, Phase.FAILED),
+    *(Phase.DECIDING, Phase.FAILING, Phase.FAILED, Phase.GONE),
 )
 
 

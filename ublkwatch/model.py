@@ -114,7 +114,9 @@ class Reason(Enum):
     """Why a device is not simply watched. Each has a section in docs/recovery.md."""
 
     NO_RECOVERY_FLAG = "not recoverable: created without UBLK_F_USER_RECOVERY"
-    NO_SPEC = "unmanaged: no [[device]] of the configuration says how to start its server"
+    NO_SPEC = "unmanaged: nothing says how to start its server; `ublkwatch register` does"
+    FOREIGN = "its server is in a container or under a unit that somebody else restarts"
+    UNTRUSTED = "what would be run for it is not safe to run as root"
     NO_FEATURES = "the driver has no GET_FEATURES (before Linux 6.5): observing only"
     NEVER_SEEN_LIVE = "it had lost its server before ublkwatch first saw it"
     NO_VISIBLE_SERVER = "LIVE, but no process that we can see serves it (another pid namespace?)"
@@ -124,6 +126,9 @@ class Reason(Enum):
     HELD = "held: nothing is done until it is released"
     SHUTDOWN = "the host shuts down: nothing is recovered"
     SPAWN_FAILED = "the server could not be started"
+    HOOK_LATER = "the pre_recover command says: later"
+    HOOK_FAILED = "the pre_recover command failed"
+    HOOK_PARKED = "the pre_recover command says that it must not be recovered"
     DIED_BEFORE_READY = "the server ended before it was ready"
     PERMANENT_EXIT = "the server's exit code says that another attempt cannot help"
     NOT_READY = "the server was not ready in time"
@@ -136,7 +141,9 @@ class Reason(Enum):
     ATTACH_TIMEOUT = "the server did not attach in time"
     END_REFUSED = "END_USER_RECOVERY was refused"
     DELEGATE_FAILED = "the server's own recover command did not bring the device back"
+    DELEGATE_DELETED = "the device was deleted while its own recover command ran"
     DIED_IN_PROBATION = "the server died right after the device was LIVE"
+    SHARED_SERVER = "its server serves other devices too, and was not ended for this one's sake"
     HALF_ATTACHED = "a server died half attached: on this kernel only STOP_DEV frees the device"
     LIVE_WITHOUT_SERVER = "LIVE, but its server is dead: on this kernel only STOP_DEV frees it"
     HOLD_TIMEOUT = "I/O had waited as long as it may: hold_timeout_s"
@@ -150,6 +157,15 @@ class Armed(Enum):
     SENT = "sent"  # it is with the kernel
     UNSURE = "unsure"  # it was sent, and no answer will come: we died, or the kernel is stuck
     YES = "yes"  # it returned 0
+
+
+class SpawnVerdict(Enum):
+    """Why no server was started: what the launcher, or the pre_recover command, made of it."""
+
+    FAILED = "failed"  # it could not be started
+    HOOK_FAILED = "hook failed"  # pre_recover ended with an error, or was not done in time
+    LATER = "later"  # pre_recover says: not now, and not anybody's fault
+    PARK = "park"  # pre_recover says: not at all, until a person says otherwise
 
 
 class Order(Enum):
@@ -177,13 +193,17 @@ class Record:
     server: ServerId | None = None  # who serves, while somebody does
     candidate: ServerId | None = None  # the new server of this attempt
     seq: int = 0  # names an attempt; never used twice for a device
+    spawned_at: float | None = None  # when its process was seen to exist; queued until then
     ready: bool = False  # the candidate said READY=1
     holders: str = ""  # who has the character device open, where that is what we wait for
     agreed: int = 0  # reads in a row that said QUIESCED or FAIL_IO
+    quiet_since: float | None = None  # the kernel has let go: since then holders are looked for
+    free_since: float | None = None  # and none was found
     armed: Armed = Armed.NO
-    lined: bool = False  # a line was written since the last START: G2 counts that as half attached
+    lined: bool = False  # a server was let go at the device since START: on G2 half attached
     pending: bool = False  # this attempt's START or END is with the kernel
     over: bool = True  # no process of the attempt is left
+    shared: bool = False  # its server lives for other devices' sake: nothing until that has ended
     ends: int = 0  # how often END was sent for this candidate
     then: Phase | None = None  # where STOPPING leads, if not to another attempt
     failures: tuple[float, ...] = ()  # when attempts failed: this recovery's, and recent ones
@@ -239,7 +259,9 @@ class Policy:
     """The operator's choices, the kernel's kind and the dice, for one device. Times in seconds."""
 
     generation: Generation = Generation.G3
-    has_spec: bool = True  # the configuration says how to start its server
+    has_spec: bool = True  # somebody says how to start its server
+    hands_off: Reason | None = None  # why not, without a spec: NO_SPEC, if nothing else is said
+    hands_off_why: str = ""  # that reason's particulars, for people
     seen_live: bool = True  # this very device was LIVE under our eyes, now or in a former life
     shutting_down: bool = False  # the host is
     chance: float = 1.0  # from 0 to 1, drawn anew for every step: the machine has no dice
@@ -252,14 +274,18 @@ class Policy:
     backoff_base_s: float = 0.2
     backoff_max_s: float = 10.0
     permanent_exits: frozenset[int] = frozenset({78})  # EX_CONFIG
+    retry_exits: frozenset[int] = frozenset()  # of a delegate that sent nothing to the kernel
     on_exhausted: Exhausted = Exhausted.HOLD
     hold_timeout_s: float = 0.0  # how long I/O may wait before STOP_DEV; 0: for ever
     exec_timeout_s: float = 60.0  # for the operator's command
     decisions_max: int = 3  # how often that may ask for another try in one recovery
-    ready_timeout_s: float = 30.0
+    hook_pause_s: float = 5.0  # until pre_recover is asked again that said: later
+    queue_timeout_s: float = 600.0  # for a server to be started, while many are
+    ready_timeout_s: float = 30.0  # from its start
     # Linux 6.12 needs its block layer's 30 s when the dead server held every tag of a queue.
     drain_timeout_s: float = 90.0
-    start_timeout_s: float = 60.0
+    start_timeout_s: float = 60.0  # for the character device to be free
+    settle_s: float = 0.2  # from nobody being seen to have it open to a delegate's start on G2
     attach_timeout_s: float = 15.0
     stop_timeout_s: float = 30.0
     probation_s: float = 1.0

@@ -51,7 +51,12 @@ def _cannot_begin(record: Record, policy: Policy) -> str:
     if record.stopped:
         return "it was stopped; create it again by its own program"
     if not policy.has_spec:
-        return Reason.NO_SPEC.value
+        return (policy.hands_off or Reason.NO_SPEC).value
+    if record.shared:
+        return (
+            f"{_why(record)} ({record.detail}); once that process has ended it is recovered "
+            "together with them"
+        )
     if policy.generation is Generation.UNKNOWN:
         return Reason.NO_FEATURES.value
     state = record.info.state if record.info else None
@@ -105,6 +110,8 @@ def release(record: Record, now: float, policy: Policy) -> Step:
     match record.phase:
         case Phase.HELD:
             return begin(record, now, policy)
+        case Phase.FAILED if record.shared:
+            return record, ()
         case Phase.FAILED if record.overdue and not (record.stopped or policy.shutting_down):
             return verdict.failing(record, now, policy)
         case Phase.WATCHING | Phase.PROBATION if record.crippled:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ublkwatch import attempt, orders, verdict
+from ublkwatch import attempt, orders, pace, verdict
 from ublkwatch.attempt import ATTEMPTING
-from ublkwatch.events import InfoRead, ReadInfo, Watch
+from ublkwatch.events import FindServer, InfoRead, ReadInfo, Watch
 from ublkwatch.model import (
     Armed,
     Generation,
@@ -37,9 +37,10 @@ def on_info(record: Record, event: InfoRead, now: float, policy: Policy) -> Step
         return attempt.leave(record, Phase.GONE, now)
     match event.info.state:
         case DevState.DEAD:
-            return _on_dead(record, now)
+            return _on_dead(record, now, policy)
         case DevState.LIVE:
-            return _on_live(_round_over(replace(record, agreed=0)), server, now, policy)
+            record = replace(record, agreed=0, quiet_since=None, free_since=None)
+            return _on_live(_round_over(record), server, now, policy)
         case DevState.QUIESCED | DevState.FAIL_IO:
             return _on_down(replace(record, agreed=record.agreed + 1), now, policy)
         case unknown if record.phase in ATTEMPTING:
@@ -49,10 +50,13 @@ def on_info(record: Record, event: InfoRead, now: float, policy: Policy) -> Step
             return _observe(record, Reason.UNKNOWN_STATE, now, f"state {unknown}"), ()
 
 
-def _on_dead(record: Record, now: float) -> Step:
+def _on_dead(record: Record, now: float, policy: Policy) -> Step:
     stopping = record.phase is Phase.FAILING and record.pending
     ours = stopping or (record.phase is Phase.FAILED and record.stopped)
-    return (record, ()) if ours else attempt.leave(record, Phase.GONE, now)
+    if ours:
+        return record, ()
+    reason = attempt.deleted_by_delegate(record, policy)
+    return attempt.leave(record, Phase.GONE, now, reason)
 
 
 def _round_over(record: Record) -> Record:
@@ -65,8 +69,8 @@ def _round_over(record: Record) -> Record:
 
 def _on_live(record: Record, server: ServerId | None, now: float, policy: Policy) -> Step:
     match record.phase:
-        case Phase.OBSERVED if (hands_off := verdict.hands_off(record, policy)) is not None:
-            return _observe(record, hands_off, now), ()
+        case Phase.OBSERVED | Phase.WATCHING if (why := verdict.hands_off(record, policy)):
+            return _hands_off(record, why, now, policy), ()
         case Phase.OBSERVED if server:
             return adopt(record, server, now)
         case Phase.OBSERVED:
@@ -76,11 +80,8 @@ def _on_live(record: Record, server: ServerId | None, now: float, policy: Policy
         case Phase.FAILING if not server and _is_dead(record):
             return verdict.send_stop(record, now, policy)
         case Phase.ATTACHING if server and not record.pending:
-            if server == record.candidate:  # END: EBUSY, it had been done before
-                return attempt.live(record, server, now, policy)
-            if policy.handoff is Handoff.DELEGATED or record.armed is Armed.NO:  # END was 0
-                record, effects = attempt.live(record, server, now, policy)
-                return record, (Watch(server), *effects)
+            if (done := _on_attached(record, server, now, policy)) is not None:
+                return done
         case Phase.PROBATION if now - record.since >= policy.probation_s and record.server:
             # G2 says the pid that END gave it, which may be nobody's: then our own watch counts.
             if server == record.server or (not server and policy.generation is Generation.G2):
@@ -93,12 +94,25 @@ def _on_live(record: Record, server: ServerId | None, now: float, policy: Policy
     return adopt(record, server, now)  # recovered by somebody else
 
 
+def _on_attached(record: Record, server: ServerId, now: float, policy: Policy) -> Step | None:
+    """Take it that the device is LIVE; None where that is somebody else's doing."""
+    if server == record.candidate:  # END: EBUSY, it had been done before
+        return attempt.live(record, server, now, policy)
+    delegated = policy.handoff is Handoff.DELEGATED
+    if delegated and record.spawned_at is None:  # ours is up already, or it is somebody else's
+        return record, (FindServer(record.seq),)
+    if delegated or record.armed is Armed.NO:  # END was 0
+        record, effects = attempt.live(record, server, now, policy)
+        return record, (Watch(server), *effects)
+    return None
+
+
 def _on_down(record: Record, now: float, policy: Policy) -> Step:
     refused = record.refused and not record.pending
     match record.phase:
         case Phase.OBSERVED:
             if (hands_off := verdict.hands_off(record, policy)) is not None:
-                return _observe(record, hands_off, now), ()
+                return _hands_off(record, hands_off, now, policy), ()
             if not policy.seen_live:
                 return _observe(record, Reason.NEVER_SEEN_LIVE, now), ()
             return lost(record, now, policy, "startup")
@@ -125,13 +139,18 @@ def _let_go_after_all(record: Record, policy: Policy) -> bool:
     if record.reason is not Reason.NOT_QUIESCED or record.stopped:
         return False
     left = len(record.failures) < policy.attempts_max
-    return left and attempt.let_go(record) and not verdict.hands_bound(record, policy)
+    return left and pace.let_go(record) and not verdict.hands_bound(record, policy)
 
 
 def _is_dead(record: Record) -> bool:
     """Tell whether LIVE names a server that has ended: we saw that, or the kernel did."""
     pid = record.info.ublksrv_pid if record.info else None
     return pid == -1 or (record.ended is not None and pid == record.ended.pid)
+
+
+def _hands_off(record: Record, reason: Reason, now: float, policy: Policy) -> Record:
+    why = policy.hands_off_why if reason is policy.hands_off else None
+    return _observe(record, reason, now, why)
 
 
 def _observe(record: Record, reason: Reason, now: float, detail: str | None = None) -> Record:
@@ -162,7 +181,7 @@ def adopt(record: Record, server: ServerId, now: float) -> Step:
         server=server,
         seq=record.seq,
         pending=record.pending,  # what could not be ended is still to be waited for
-        over=record.over,
+        over=record.over or server == record.candidate,
         held=record.held,
         held_until=record.held_until,
         held_by=record.held_by,
@@ -177,6 +196,8 @@ def adopt(record: Record, server: ServerId, now: float) -> Step:
 
 def lost(record: Record, now: float, policy: Policy, by: str) -> Step:
     """Begin an outage: at once, or after grace, or not while the hands are bound."""
+    if why := verdict.hands_off(record, policy):  # the rules have changed
+        return _hands_off(record, why, now, policy), ()
     stable = record.phase is Phase.WATCHING and now - record.since >= policy.stable_s
     recent = tuple(at for at in record.failures if now - at <= policy.window_s)
     record = replace(

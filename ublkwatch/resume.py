@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ublkwatch import attempt, orders, verdict
+from ublkwatch import attempt, orders, pace, verdict
 from ublkwatch.events import EndAttempt, FindServer, ReadInfo, SendStart, Watch
 from ublkwatch.model import Armed, Handoff, Phase, Policy, Reason, Record, ServerId
 from ublkwatch.verdict import Step
@@ -24,7 +24,16 @@ def resume(record: Record, candidate: ServerId | None, now: float, policy: Polic
     armed = Armed.UNSURE if record.armed is Armed.SENT else record.armed
     record = replace(record, since=now, agreed=0, pending=False, armed=armed)
     if record.phase in _TRYING:
-        record = replace(record, candidate=candidate, ready=True)
+        # Whether a server was started that was not found nobody knows: it may have been.
+        begun = pace.starts_early(policy) or record.phase in (Phase.ATTACHING, Phase.STOPPING)
+        record = replace(
+            record,
+            candidate=candidate,
+            spawned_at=now if begun else None,
+            ready=True,
+            quiet_since=None,
+            free_since=None,
+        )
     watch = tuple(Watch(server) for server in (record.server, record.candidate) if server)
     if verdict.hands_off(record, policy) is not None:  # the configuration has changed
         record, effects = attempt.leave(record, Phase.OBSERVED, now)
@@ -36,7 +45,7 @@ def resume(record: Record, candidate: ServerId | None, now: float, policy: Polic
 def _go_on(  # noqa: C901, PLR0912 - one arm for each phase
     record: Record, now: float, policy: Policy
 ) -> Step:
-    early = attempt.starts_early(policy)
+    early = pace.starts_early(policy)
     soon = now + policy.drain_poll_s
     match record.phase:
         case Phase.GRACE:
@@ -49,6 +58,8 @@ def _go_on(  # noqa: C901, PLR0912 - one arm for each phase
             return replace(record, wake=soon), (ReadInfo(),)
         case Phase.STARTING if early and not record.candidate:
             return attempt.fail(record, Reason.DIED_BEFORE_READY, _DOWN, now)
+        case Phase.STARTING if pace.looks_first(policy):  # it was not a delegate's before
+            return attempt.break_off(record, now)
         case Phase.STARTING:
             # The attempt's START again: G3 does not mind, G2's answer tells whether it was taken.
             wake = now + policy.holders_after_s
@@ -61,9 +72,7 @@ def _go_on(  # noqa: C901, PLR0912 - one arm for each phase
             # A server reads one line only: a second one does no harm, a missing one would.
             return attempt.attach(record, now, policy)
         case Phase.ATTACHING:
-            return attempt.send_end(
-                replace(record, wake=now + attempt.attach_patience_s(policy), ends=0)
-            )
+            return attempt.send_end(replace(record, wake=pace.attach_by(record, policy), ends=0))
         case Phase.WATCHING | Phase.PROBATION if record.crippled and not record.held:
             return record, (*verdict.strays(record), ReadInfo())
         case Phase.PROBATION if not record.server:  # who serves was being looked for

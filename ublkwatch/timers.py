@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ublkwatch import attempt, orders, verdict
+from ublkwatch import attempt, orders, pace, verdict
 from ublkwatch.events import EndAttempt, FindHolders, FindServer, ReadInfo
 from ublkwatch.model import Armed, Generation, Handoff, Phase, Policy, Reason, Record
 from ublkwatch.uapi import DevState
 from ublkwatch.verdict import Step
+
+_QUEUED = "it was not started in time: too many others were"
 
 
 def woken(record: Record, now: float, policy: Policy) -> Step:
@@ -36,16 +38,18 @@ def _on_wake(  # noqa: C901, PLR0912 - one arm for each phase
             return orders.begin(record, now, policy)
         case Phase.DRAINING:
             return _on_draining(record, now, policy)
-        case Phase.STARTING if now < record.since + attempt.start_patience_s(policy):
-            wake = record.since + attempt.start_patience_s(policy)
+        case Phase.STARTING if now < record.since + pace.start_patience_s(policy):
+            wake = record.since + pace.start_patience_s(policy)
             return replace(record, wake=wake), (FindHolders(record.seq),)
         case Phase.STARTING:
             unsure = replace(record, armed=Armed.UNSURE)
             return attempt.fail(unsure, Reason.NO_ANSWER, "START_USER_RECOVERY", now)
-        case Phase.ATTACHING if now < record.since + attempt.attach_patience_s(policy):
+        case Phase.ATTACHING if now < pace.attach_by(record, policy):
             if policy.handoff is Handoff.MANAGED and record.candidate is None:
-                return replace(record, wake=now + attempt.LOOK_AGAIN_S), (FindServer(record.seq),)
+                return replace(record, wake=now + pace.LOOK_AGAIN_S), (FindServer(record.seq),)
             return replace(record, wake=now + _pause(waited, policy)), (ReadInfo(),)
+        case Phase.ATTACHING if record.spawned_at is None:
+            return attempt.fail(record, Reason.SPAWN_FAILED, _QUEUED, now)
         case Phase.ATTACHING:
             return attempt.fail(record, Reason.ATTACH_TIMEOUT, f"after {waited:.0f} s", now)
         case Phase.PROBATION if now >= record.since + policy.attach_timeout_s + policy.probation_s:
@@ -75,19 +79,39 @@ def _on_wake(  # noqa: C901, PLR0912 - one arm for each phase
 def _on_draining(record: Record, now: float, policy: Policy) -> Step:
     """Poll while the kernel drains; once it takes long, find out who is in the way."""
     waited = now - record.since
-    unready = not attempt.prepared(record, policy)
-    if unready and now >= record.since + policy.ready_timeout_s:
-        return attempt.fail(record, Reason.NOT_READY, f"after {waited:.0f} s", now)
-    if now >= record.since + policy.drain_timeout_s and not attempt.let_go(record):
+    unready = not pace.prepared(record, policy)
+    if unready and now >= pace.ready_by(record, policy):
+        if record.spawned_at is None:
+            return attempt.fail(record, Reason.SPAWN_FAILED, _QUEUED, now)
+        ran_s = now - record.spawned_at
+        return attempt.fail(record, Reason.NOT_READY, f"after {ran_s:.0f} s", now)
+    if now >= record.since + policy.drain_timeout_s and not pace.let_go(record):
         return _undrained(record, now, policy)
-    if unready and attempt.let_go(record):
+    if unready and pace.let_go(record):
         # It has let go. What is missing is the new server, which needs the CPU more than we do.
-        return replace(record, wake=record.since + policy.ready_timeout_s), ()
+        return replace(record, wake=pace.ready_by(record, policy)), ()
+    if record.quiet_since is not None and pace.let_go(record):
+        return _on_quiet(record, record.quiet_since, now, policy)
     record = replace(record, wake=now + _pause(waited, policy))
     if waited < policy.holders_after_s or record.holders:
         return record, (ReadInfo(),)
     record = replace(record, holders="looking who holds the character device")
     return record, (ReadInfo(), FindHolders(record.seq))
+
+
+def _on_quiet(record: Record, quiet_since: float, now: float, policy: Policy) -> Step:
+    """Wait for nobody to hold the character device, and a little longer; then start."""
+    if record.free_since is not None:
+        settled_at = record.free_since + policy.settle_s
+        if now >= settled_at:
+            return attempt.attach(record, now, policy)
+        return replace(record, wake=settled_at), ()
+    give_up_at = quiet_since + policy.start_timeout_s
+    if now >= give_up_at:
+        who = record.holders or "nobody could tell who has it open"
+        return attempt.fail(record, Reason.CHAR_DEVICE_BUSY, who, now)
+    wake = min(give_up_at, now + pace.look_pause_s(record, now, policy))
+    return replace(record, wake=wake), (FindHolders(record.seq), ReadInfo())
 
 
 def _pause(waited: float, policy: Policy) -> float:

@@ -30,6 +30,7 @@ Step = tuple[Record, tuple[Effect, ...]]
 PERMANENT = frozenset(
     {
         Reason.PERMANENT_EXIT,
+        Reason.HOOK_PARKED,
         Reason.NOT_QUIESCED,
         Reason.START_REFUSED,
         Reason.NO_ANSWER,
@@ -51,7 +52,7 @@ def enter(record: Record, phase: Phase, now: float, **changes: object) -> Record
 
 def arrive(record: Record, phase: Phase, now: float) -> Step:
     """Go to a phase in which no attempt is under way."""
-    record = enter(record, phase, now, wake=None, then=None, give_up_at=None)
+    record = enter(record, phase, now, wake=None, then=None, give_up_at=None, shared=False)
     return record, (ReadInfo(),) if phase is Phase.OBSERVED else ()
 
 
@@ -75,7 +76,7 @@ def hands_off(record: Record, policy: Policy) -> Reason | None:
         return Reason.NO_RECOVERY_FLAG
     if record.reason is Reason.FORGOTTEN:
         return Reason.FORGOTTEN
-    return None if policy.has_spec else Reason.NO_SPEC
+    return None if policy.has_spec else policy.hands_off or Reason.NO_SPEC
 
 
 def half_attached(record: Record, policy: Policy) -> bool:
@@ -84,13 +85,20 @@ def half_attached(record: Record, policy: Policy) -> bool:
 
 
 def beyond(record: Record, now: float, policy: Policy) -> Step:
-    """Give up a device that is half attached; a delegate's own failure names it better."""
+    """Give up a device that is half attached."""
+    return exhausted(named_half(record, policy), now, policy)
+
+
+def named_half(record: Record, policy: Policy) -> Record:
+    """Say that it is half attached, and what led there; a delegate's own failure says more."""
     if policy.handoff is Handoff.MANAGED and record.reason is not Reason.HALF_ATTACHED:
-        detail = f"{record.reason.value if record.reason else ''} {record.detail}".strip()
-        record = replace(record, reason=Reason.HALF_ATTACHED, detail=detail)
-    elif record.reason is None:
-        record = replace(record, reason=Reason.DELEGATE_FAILED)
-    return exhausted(record, now, policy)
+        return replace(record, reason=Reason.HALF_ATTACHED, detail=failure(record))
+    return record if record.reason else replace(record, reason=Reason.DELEGATE_FAILED)
+
+
+def failure(record: Record) -> str:
+    """Return what went wrong so far, in words."""
+    return f"{record.reason.value if record.reason else ''} {record.detail}".strip()
 
 
 # --- after an attempt ----------------------------------------------------------------------------
@@ -106,12 +114,19 @@ def settle(record: Record, now: float, policy: Policy) -> Step:
         return arrive(record, record.then, now)
     if hands_bound(record, policy):
         return hold(record, now, policy), ()
+    if record.shared and record.server is not None:
+        return enter(record, Phase.FAILED, now, wake=None), ()  # until that server ends
+    record = replace(record, shared=False)
     if record.overdue:
         return failing(record, now, policy)
     if half_attached(record, policy):
         return beyond(record, now, policy)
+    if record.reason is Reason.HOOK_LATER:
+        return enter(record, Phase.BACKOFF, now, wake=now + policy.hook_pause_s), ()
     if record.reason in PERMANENT or len(record.failures) >= policy.attempts_max:
         return exhausted(record, now, policy)
+    if record.reason is Reason.SHARED_SERVER:  # that has ended: now, with the other devices
+        return enter(record, Phase.BACKOFF, now, wake=now), ()
     longest_s = policy.backoff_base_s * 2 ** min(len(record.failures) - 1, 32)
     backoff_s = min(policy.backoff_max_s, longest_s) * policy.chance
     return enter(record, Phase.BACKOFF, now, wake=now + backoff_s), ()
@@ -140,7 +155,7 @@ def overdue(record: Record, now: float, policy: Policy) -> Step:
     """Take it that I/O has waited as long as it may; an attempt past its START may still end it."""
     record = replace(record, give_up_at=None, overdue=True)
     waits = record.phase in (Phase.GRACE, Phase.BACKOFF, Phase.DECIDING, Phase.FAILED)
-    if waits and not hands_bound(record, policy):
+    if waits and not record.shared and not hands_bound(record, policy):
         return failing(record, now, policy)
     return record, ()
 
@@ -177,7 +192,10 @@ def failing(record: Record, now: float, policy: Policy) -> Step:
 
 def strays(record: Record) -> tuple[Effect, ...]:
     """Wish for the end of a server that lives, though it does not serve, or not any more."""
-    return (Kill(record.server),) if record.server else ()
+    if not record.server:
+        return ()
+    # One that lost a thread is ended whomever else it serves: a queue of theirs may hang as well.
+    return (Kill(record.server, None if record.crippled else record.seq),)
 
 
 def send_stop(record: Record, now: float, policy: Policy) -> Step:
