@@ -1,146 +1,186 @@
-"""Start processes: ublk servers by the fork launcher, and our own control workers.
+"""Start processes: ublk servers, the operators' commands, and our own control workers.
 
-The only home of process start. A server gets its own session, no descriptor but its three, a clean
-environment, and a tag by which it is found again. Its standard input is a FIFO in the runtime
-directory that the server itself holds open for writing too, so that our death is no end of file.
+A server gets no descriptor but its three, a clean environment, and a tag by which it is found
+again. Its standard input is a FIFO in the runtime directory that the server itself holds open for
+writing too, so that our death is no end of file. Who starts it is a strategy: ourselves (`fork`),
+or systemd (`units`); all else is the same under both.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import fcntl
+import logging
 import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
-import termios
 from collections.abc import Callable
 from pathlib import Path
 
+from ublkwatch import cgroup, trust
 from ublkwatch.care import Job
+from ublkwatch.fork import ForkStarter, how
+from ublkwatch.homes import Homes
+from ublkwatch.identity import Identity, UserError, resolve
 from ublkwatch.model import TAG_VARIABLE
+from ublkwatch.units import UnitStarter
 
+_log = logging.getLogger("ublkwatch")
+
+LAUNCHERS = ("auto", "systemd", "fork")
 # What a server may inherit from our environment; everything else is ours alone.
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "TZ", "HOME")
-_OUTPUT_MAX = 1 << 20
 _SHUTDOWN_ANSWER_S = 5.0
-_OUTPUT_KEPT = 64 << 10
 
 
 class Launcher:
-    """The fork launcher: servers as our children, which outlive us."""
+    """Starts the servers of attempts, and speaks to them."""
 
     def __init__(
         self,
         runtime_dir: Path,
         ready: Callable[[str], None],
         systemd: Path = Path("/run/systemd/system"),
+        *,
+        kind: str = "fork",
+        groups: Path | None = None,
     ) -> None:
         """``ready`` is told, from the loop, the tag of an attempt whose server said READY=1.
 
-        ``systemd`` is there where systemd is the host's init (sd_booted(3)).
+        ``systemd`` is there where systemd is the host's init (sd_booted(3)). ``kind`` is one of
+        LAUNCHERS: "auto" takes systemd where it is the init and answers on the system bus.
+        ``groups`` is the control group for those of forked servers; as a rule our own.
         """
         self._systemd = systemd
         self._asking = asyncio.Lock()
         self._asked = 0  # questions about the host's end, ever
         self._ending = False  # the last answer
-        self._attempts = runtime_dir / "attempts"
-        self._attempts.mkdir(mode=0o700, exist_ok=True)
-        self._ready = ready
-        self._loop = asyncio.get_running_loop()
-        self._children: dict[int, subprocess.Popen[bytes]] = {}
-        self._sockets: dict[str, socket.socket] = {}
-        self._fifos: dict[str, int] = {}
-        self._certain: set[str] = set()  # attempts of whose line we know whether it was read
+        self._kind = kind
+        self._homes = Homes(runtime_dir, ready)
+        self._fork = ForkStarter(groups or cgroup.own())
+        self._units = UnitStarter({tag: self._homes.path(tag) for tag in self._homes.all()})
+        self._fallen_back = False
+
+    # --- start -----------------------------------------------------------------------------------
 
     async def start(self, tag: str, job: Job) -> int:
-        """Start the server of an attempt and return its pid; OSError says why it did not start."""
-        self._remove(tag)
-        home = self._attempts / tag
-        home.mkdir(mode=0o700)
-        os.mkfifo(home / "stdin", 0o600)
-        self.listen(tag)
-        self._certain.add(tag)
+        """Start the server of an attempt and return its pid; OSError says why it did not start.
+
+        The program is judged first (trust.TrustError), and its user looked up.
+        """
+        if job.run.unit:
+            return await self._start_named(tag, job)
+        # In a thread: the program's file system, or a name service, may be slow or hang.
+        identity = await asyncio.to_thread(_judged, job)
+        units = await self._choose()
+        home = self._homes.make(tag, identity.uid)
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        environment |= dict(job.run.env)
         environment |= {TAG_VARIABLE: tag, "NOTIFY_SOCKET": str(home / "notify")}
-        # In a thread: exec reads the program from a file system that may be slow or hang.
-        process = await asyncio.to_thread(_start, home, job.command, environment)
-        self._children[process.pid] = process
-        return process.pid
+        starter = self._units if units else self._fork
+        return await starter.start(tag, home, job, identity, environment)
+
+    async def _start_named(self, tag: str, job: Job) -> int:
+        """Start a unit that somebody else wrote: as whom and how it runs is systemd's to know."""
+        if not await self._choose(needed=f"unit {job.run.unit}"):
+            raise OSError(f"unit {job.run.unit}: needs systemd, and launcher is {self._kind!r}")
+        return await self._units.start_named(tag, self._homes.make(tag, 0), job.run.unit)
+
+    async def _choose(self, needed: str = "") -> bool:
+        """Tell whether systemd is to start the next server; OSError if it must, and cannot."""
+        if self._kind == "fork":
+            return False
+        if self._kind == "auto" and not (self._systemd.exists() and os.geteuid() == 0):
+            return False
+        try:
+            await self._units.connect()
+        except OSError as error:
+            if self._kind == "systemd" or needed:
+                raise
+            if not self._fallen_back:
+                _log.warning("systemd does not answer (%s); servers are our own children", error)
+            self._fallen_back = True
+            return False
+        self._fallen_back = False
+        return True
+
+    def join(self, tag: str, root: str) -> None:
+        """Let an attempt share the process of another one, its root; OSError if there is none."""
+        self._homes.join(tag, root)
+
+    def root(self, tag: str) -> str:
+        """Return the attempt whose process, tag and home an attempt shares: as a rule its own."""
+        return self._homes.root(tag)
+
+    def known(self, tag: str) -> bool:
+        """Tell whether the attempt's process was started by us."""
+        return self._homes.path(tag).is_dir()
+
+    # --- speak -----------------------------------------------------------------------------------
 
     def listen(self, tag: str) -> None:
-        """Hear READY=1 of an attempt's server; after our restart as well.
-
-        Its FIFO is held open from now on, so that a line which nobody reads can be told from one
-        that was read, also when the server is gone.
-        """
-        if tag in self._sockets or not (self._attempts / tag).is_dir():
-            return
-        with contextlib.suppress(OSError):
-            stdin = self._attempts / tag / "stdin"
-            self._fifos[tag] = os.open(stdin, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-        path = self._attempts / tag / "notify"
-        path.unlink(missing_ok=True)
-        notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
-        notify.bind(str(path))
-        self._sockets[tag] = notify
-        self._loop.add_reader(notify, self._notified, tag)
+        """Hear READY=1 of an attempt's server; after our restart as well."""
+        self._homes.listen(tag)
 
     def write_line(self, tag: str, line: str) -> None:
         """Give the server its go. It is written whole or not at all (less than PIPE_BUF)."""
-        self.listen(tag)
-        fifo = self._fifos.get(tag)
-        if fifo is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"FIFO of {tag}")
-        if _waiting(fifo):  # of our former life, and still there
-            self._certain.add(tag)
-        else:
-            os.write(fifo, line.encode() + b"\n")
+        self._homes.write_line(tag, line)
 
     def unread(self, tag: str) -> bool:
         """Tell whether the line was written and is known not to have been read."""
-        fifo = self._fifos.get(tag)
-        return fifo is not None and tag in self._certain and _waiting(fifo) > 0
+        return self._homes.unread(tag)
+
+    # --- the end ---------------------------------------------------------------------------------
 
     def how_ended(self, pid: int) -> tuple[str, int | None]:
         """Say how a process ended, and its exit code: where it was our child, never by guessing."""
-        process = self._children.pop(pid, None)
-        if process is None:
-            return "unknown", None
-        try:
-            status = process.wait(timeout=1)  # its pidfd was readable: it has been a zombie already
-        except subprocess.TimeoutExpired:
-            return "unknown", None
-        return _how(status)
+        return self._fork.how_ended(pid)
+
+    def must_ask(self, pid: int) -> bool:
+        """Tell whether it was systemd that started a process: then autopsy() knows more."""
+        return self._units.started(pid)
+
+    async def autopsy(self, tag: str, pid: int) -> tuple[str, int | None, str]:
+        """Ask systemd how a process ended: in words, its exit code, its last words; within 2 s."""
+        return await self._units.autopsy(self._homes.path(tag), pid)
+
+    def pids(self, tag: str) -> set[int]:
+        """Return the processes of an attempt, as its control group has them; none without one."""
+        group = self._group(tag)
+        return cgroup.pids(group) if group else set()
+
+    async def end(self, tag: str) -> None:
+        """Kill what an attempt's control group, or its unit, holds; the caller bounds the wait."""
+        home = self._homes.path(tag)
+        group = self._group(tag)
+        if group is None and (home / "unit").exists():
+            group = await self._units.group(home)  # we died before we knew it
+        if group is not None:
+            await cgroup.end(group)
+        await self._units.put_away(home)
+
+    def _group(self, tag: str) -> Path | None:
+        with contextlib.suppress(OSError):
+            return Path((self._homes.path(tag) / "cgroup").read_text())
+        return None
 
     def last_words(self, tag: str) -> str:
-        """Return the last line that the attempt's server printed."""
-        with contextlib.suppress(OSError), (self._attempts / tag / "output").open("rb") as output:
-            output.seek(max(0, output.seek(0, os.SEEK_END) - 2048))
-            lines = output.read().decode(errors="replace").split("\n")
-            words = [line.strip() for line in lines if line.strip()]
-            return "".join(c if c.isprintable() else "?" for c in words[-1])[:300] if words else ""
-        return ""
+        """Return the last line that the attempt's server printed, where we keep its output."""
+        return self._homes.last_words(tag)
 
     def trim(self) -> None:
-        """Keep the outputs bounded: a server's descriptor is O_APPEND, so a cut one goes on."""
-        for output in self._attempts.glob("*/output"):
-            with contextlib.suppress(OSError):
-                if output.stat().st_size > _OUTPUT_MAX:
-                    with output.open("rb") as file:  # it may be far larger than our memory
-                        file.seek(-_OUTPUT_KEPT, os.SEEK_END)
-                        output.with_name("output.old").write_bytes(file.read(_OUTPUT_KEPT))
-                    os.truncate(output, 0)
+        """Keep the outputs bounded."""
+        self._homes.trim()
 
     def keep_only(self, tags: set[str]) -> None:
         """Remove what attempts that are over left behind."""
-        for home in self._attempts.iterdir():
-            if home.name not in tags:
-                self._remove(home.name)
+        for tag in self._homes.others(tags):
+            if (group := self._group(tag)) is not None and self._homes.root(tag) == tag:
+                cgroup.remove(group)
+            self._homes.remove(tag)
+
+    # --- what else is started --------------------------------------------------------------------
 
     async def decide(
         self, command: tuple[str, ...], about: dict[str, str], timeout_s: float
@@ -148,6 +188,7 @@ class Launcher:
         """Run the operator's command about a device, and return how it ended, and its exit code."""
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         try:
+            await asyncio.to_thread(trust.check_executable, Path(command[0]))
             process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=subprocess.DEVNULL,
@@ -160,7 +201,7 @@ class Launcher:
             return str(error), None
         try:
             async with asyncio.timeout(timeout_s):
-                return _how(await process.wait())
+                return how(await process.wait())
         except TimeoutError:
             process.kill()
             await process.wait()
@@ -202,61 +243,17 @@ class Launcher:
 
     def close(self) -> None:
         """Stop listening; the servers live on, and so do their FIFOs."""
-        for tag in list(self._sockets):
-            self._silence(tag)
-        for process in self._children.values():
-            process.returncode = 0  # not ours to wait for any more; init inherits it
-
-    def _notified(self, tag: str) -> None:
-        with contextlib.suppress(OSError):
-            if "READY=1" in self._sockets[tag].recv(4096).decode(errors="replace").split("\n"):
-                self._ready(tag)
-
-    def _silence(self, tag: str) -> None:
-        if (notify := self._sockets.pop(tag, None)) is not None:
-            self._loop.remove_reader(notify)
-            notify.close()
-        if (fifo := self._fifos.pop(tag, None)) is not None:
-            os.close(fifo)
-        self._certain.discard(tag)
-
-    def _remove(self, tag: str) -> None:
-        self._silence(tag)
-        shutil.rmtree(self._attempts / tag, ignore_errors=True)
+        self._homes.close()
+        self._fork.close()
+        self._units.close()
 
 
-def _how(status: int) -> tuple[str, int | None]:
-    if status >= 0:
-        return f"exit status {status}", status
-    with contextlib.suppress(ValueError):
-        return signal.Signals(-status).name, None
-    return f"signal {-status}", None
-
-
-def _waiting(fifo: int) -> int:
-    """Return how many bytes wait in a FIFO."""
-    return int.from_bytes(fcntl.ioctl(fifo, termios.FIONREAD, bytes(4)), sys.byteorder)
-
-
-def _start(
-    home: Path, command: tuple[str, ...], environment: dict[str, str]
-) -> subprocess.Popen[bytes]:
-    # For reading and writing: then no end of file comes when the last other writer is gone.
-    stdin = os.open(home / "stdin", os.O_RDWR | os.O_CLOEXEC)
-    output = os.open(home / "output", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        return subprocess.Popen(
-            command,
-            stdin=stdin,
-            stdout=output,
-            stderr=output,
-            env=environment,
-            cwd="/",
-            start_new_session=True,
-        )
-    finally:
-        os.close(stdin)
-        os.close(output)
+def _judged(job: Job) -> Identity:
+    """Say as whom a job runs, after its program was found to be nobody else's work."""
+    if not job.command[0].startswith("/"):
+        raise UserError(f"{job.command[0]!r}: must be an absolute path")
+    trust.check_executable(Path(job.command[0]))
+    return resolve(job)
 
 
 def start_worker() -> socket.socket:
