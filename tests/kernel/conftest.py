@@ -167,11 +167,17 @@ def generation(control: Control) -> Generation:
 class Process:
     """A reference server: what it was told, what it says, how it ended."""
 
-    def __init__(self, directory: Path, arguments: list[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        arguments: list[str],
+        env: Mapping[str, str],
+        program: tuple[str, ...] = SERVER,
+    ) -> None:
         self._stdout, self._stderr = directory / "stdout", directory / "stderr"
         with self._stdout.open("wb") as out, self._stderr.open("wb") as err:
             self.proc = subprocess.Popen(
-                [*SERVER, *arguments],
+                [*program, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=err,
@@ -245,13 +251,15 @@ class Reference(Process):
 class Attaching(Process):
     """A server that attaches: started, READY in time, given its line by us."""
 
-    def __init__(self, directory: Path, arguments: list[str]) -> None:
+    def __init__(
+        self, directory: Path, arguments: list[str], program: tuple[str, ...] = SERVER
+    ) -> None:
         path = directory / "notify"
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind(str(path))
         self._notify.setblocking(False)
         self._ready = False
-        super().__init__(directory, arguments, {"NOTIFY_SOCKET": str(path)})
+        super().__init__(directory, arguments, {"NOTIFY_SOCKET": str(path)}, program)
 
     def ready(self) -> bool:
         """Return whether it has said READY=1."""
@@ -266,11 +274,17 @@ class Attaching(Process):
         assert self.ready(), self.stderr
         return self
 
+    def send(self, line: Mapping[str, Any]) -> None:
+        """Give it a line that need not be the last one."""
+        assert self.proc.stdin is not None
+        self.proc.stdin.write(json.dumps(line).encode() + b"\n")
+        self.proc.stdin.flush()
+
     def write_line(self, line: Mapping[str, Any] | None) -> None:
-        """Give it the line, or the end of file that means it is not needed."""
+        """Give it its only line, or the end of file that means it is not needed."""
         assert self.proc.stdin is not None
         if line is not None:
-            self.proc.stdin.write(json.dumps(line).encode() + b"\n")
+            self.send(line)
         self.proc.stdin.close()
 
     def kill(self) -> None:
@@ -329,9 +343,19 @@ class Servers:
         self._started.append(process)
         return process
 
+    def attach_program(self, program: Path, *arguments: str) -> Attaching:
+        """Start another server than ours that waits for its line; return at once."""
+        process = Attaching(self._home(), [*arguments], (str(program),))
+        self._started.append(process)
+        return process
+
     def target(self, kind: str) -> list[str]:
-        """Return the arguments of a target whose data outlives its server, not the test."""
-        return ["--target", kind, "--file", str(self._directory / f"{kind}-{{dev_id}}")]
+        """Return the arguments of a target whose data outlives its server, not the test.
+
+        It leaves no run file unless asked to: most tests are about what a configuration says.
+        """
+        file = str(self._directory / f"{kind}-{{dev_id}}")
+        return ["--target", kind, "--file", file, "--run-dir", ""]
 
     def end(self) -> None:
         """Kill the servers, then remove every device that is there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,91 @@ def test_recovery_by_the_attach_contract_under_load(
     load.wait_progress()
     load.interrupt()
     load.report()
+
+
+GROUP = (0, 3, 7)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Return a directory for run files, and for nothing else."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    return directory
+
+
+def runs(directory: Path) -> dict[int, dict[str, Any]]:
+    """Return the run files of a directory, by device."""
+    found = [json.loads(path.read_text()) for path in directory.glob("*.json")]
+    return {each["dev_id"]: each for each in found}
+
+
+@pytest.mark.usefixtures("no_block_errors")
+def test_one_process_attaches_several_devices_each_by_its_own_line(
+    server: Servers, control: Control, fio: Load, run_dir: Path
+) -> None:
+    leaving = ("--run-dir", str(run_dir), "--group", "pool")
+    reference = server(GROUP, target="ram", queues=2, more=leaving)
+    assert {each["pid"] for each in runs(run_dir).values()} == {reference.pid}
+    loads = [fio(each, size="2m", verify_backlog=64, time_based=1, runtime=600) for each in GROUP]
+    for load in loads:
+        load.wait_progress()
+    reference.kill()
+    assert runs(run_dir).keys() == set(GROUP)
+
+    candidate = server.attach(*leaving, target="ram").wait_ready()
+    for dev_id in reversed(GROUP):  # in any order, and each when its START was accepted
+        control.start_user_recovery(dev_id)
+        candidate.send(control.line(dev_id))
+        control.end_user_recovery(dev_id, candidate.pid)
+        control.wait_state(dev_id, DevState.LIVE)
+
+    assert {control.info(each).ublksrv_pid for each in GROUP} == {candidate.pid}
+    for dev_id, each in runs(run_dir).items():
+        assert (each["pid"], each["group"]) == (candidate.pid, "pool"), dev_id
+    for load in loads:
+        load.wait_progress()
+        load.interrupt()
+        load.report()
+    # One that ends leaves the others served, and its own run file is taken back.
+    control.remove(0)
+    assert candidate.proc.poll() is None
+    assert runs(run_dir).keys() == {3, 7}
+    fio(3, size="1m").report()
+
+
+def test_a_device_that_cannot_be_attached_leaves_the_others_served(
+    server: Servers, control: Control, fio: Load
+) -> None:
+    reference = server((0, 1))
+    reference.kill()
+    candidate = server.attach("--fault", "none").wait_ready()
+    control.start_user_recovery(0)
+    candidate.send(control.line(0))
+    control.end_user_recovery(0, candidate.pid)
+    control.start_user_recovery(1)
+    candidate.send(control.line(1) | {"flags": int(DevFlags.ZONED)})
+
+    wait_until(lambda: "cannot serve" in candidate.stderr, DEADLINE_S, "it says so")
+    assert candidate.proc.poll() is None
+    fio(0, verify=0, rw="randread").report()
+    candidate.send(control.line(1))  # START is still good: nobody has opened the device
+    control.end_user_recovery(1, candidate.pid)
+    control.wait_state(1, DevState.LIVE)
+
+
+def test_run_file_is_for_root_alone_to_write_and_goes_with_the_device(
+    server: Servers, control: Control, run_dir: Path
+) -> None:
+    reference = server(more=("--run-dir", str(run_dir)))
+    path = run_dir / "0.json"
+    assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (0, 0o644)
+    assert runs(run_dir)[0]["command"][1:3] == ["-m", "ublkwatch.demo.server"]
+
+    control.remove(0)
+
+    assert reference.wait() == 0
+    assert list(run_dir.iterdir()) == []
 
 
 def test_standby_waits_untouched_and_leaves_quietly(server: Servers) -> None:

@@ -6,12 +6,14 @@ import argparse
 import asyncio
 import contextlib
 import os
+import threading
 from typing import Final
 
 from ublkwatch.async_ring import AsyncRing
 from ublkwatch.ctrl import UblkCtrl
 from ublkwatch.demo.device import Device, Geometry, say_ready
 from ublkwatch.demo.faults import Faults
+from ublkwatch.demo.runfile import RunFiles
 from ublkwatch.demo.targets import SECTOR, Target, TargetSpec
 from ublkwatch.model import DevInfo
 from ublkwatch.uapi import DevFlags
@@ -24,19 +26,25 @@ RECOVERY: Final = {
 }
 
 
-def run(options: argparse.Namespace, spec: TargetSpec, faults: Faults) -> None:
+def run(options: argparse.Namespace, spec: TargetSpec, faults: Faults, run_files: RunFiles) -> None:
     """Create the devices and serve them to their end, or only send --stop and --delete."""
     if options.create is None:
         asyncio.run(control(options))
         return
-    devices = asyncio.run(create(options, spec, faults))
+    devices = asyncio.run(create(options, spec, faults, run_files))
     say_ready()
-    for device in devices:
-        device.wait()
-    faults.at("ended")
+    ends = [
+        threading.Thread(target=device.serve_to_its_end, args=(run_files,)) for device in devices
+    ]
+    for end in ends:
+        end.start()
+    for end in ends:
+        end.join()
 
 
-async def create(options: argparse.Namespace, spec: TargetSpec, faults: Faults) -> list[Device]:
+async def create(
+    options: argparse.Namespace, spec: TargetSpec, faults: Faults, run_files: RunFiles
+) -> list[Device]:
     """Add the devices and bring them to LIVE; when one fails, all are deleted again."""
     ring = AsyncRing()
     ctrl = UblkCtrl(ring)
@@ -58,12 +66,14 @@ async def create(options: argparse.Namespace, spec: TargetSpec, faults: Faults) 
             devices[dev_id] = device
             await asyncio.to_thread(device.fetch)
             faults.at("fetched")
+            run_files.write(dev_id)  # before it can be LIVE: then it is looked for
             await ctrl.start_dev(dev_id, os.getpid())
             info = await ctrl.get_dev_info(dev_id)
             granted = f"queues={info.nr_hw_queues} depth={info.queue_depth} flags={info.flags:#x}"
             print(f"LIVE {dev_id} {granted}", flush=True)
     except BaseException:
         for dev_id, made in devices.items():
+            run_files.remove(dev_id)
             await remove(ctrl, dev_id, made)
         raise
     finally:

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from ublkwatch import uapi
 from ublkwatch.demo.faults import Faults
+from ublkwatch.demo.runfile import RunFiles
 from ublkwatch.demo.targets import SECTOR, Target
 from ublkwatch.uapi import DevFlags
 from ublkwatch.uring import Ring, address_of
@@ -181,6 +182,8 @@ class Device:
     def __init__(self, geometry: Geometry, target: Target, faults: Faults) -> None:
         """Check that they fit, open, and map; ServerError says what does not fit."""
         check(geometry, target)
+        self.dev_id = geometry.dev_id
+        self._faults = faults
         self.fd = open_char_device(geometry.char_device)
         faults.at("open", self.fd)
         self.queues: list[Queue] = []
@@ -199,10 +202,13 @@ class Device:
         for queue in self.queues:
             queue.wait_fetched()
 
-    def wait(self) -> None:
-        """Serve until the kernel has aborted every tag."""
+    def serve_to_its_end(self, run_files: RunFiles) -> None:
+        """Serve until the kernel has aborted every tag, then let go of the device."""
         for queue in self.queues:
             queue.join()
+        self._faults.at("ended")
+        run_files.remove(self.dev_id)
+        self.close()
 
     def close(self) -> None:
         """Let go of the device, so that it can be deleted."""

@@ -21,21 +21,21 @@ from ublkwatch.ctrl import CtrlError, UblkCtrl
 from ublkwatch.demo.create import geometry
 from ublkwatch.demo.device import Device
 from ublkwatch.demo.faults import Faults
+from ublkwatch.demo.runfile import RunFiles
 from ublkwatch.demo.targets import TargetSpec
 
 BUSY_S: Final = 30.0
 BUSY_POLL_S: Final = 0.02
 
 
-def run(options: argparse.Namespace, spec: TargetSpec, faults: Faults) -> None:
+def run(options: argparse.Namespace, spec: TargetSpec, faults: Faults, run_files: RunFiles) -> None:
     """Attach to the device, and serve it to its end."""
     done = daemonize() if options.daemonize else None
-    device = asyncio.run(bring_back(options, spec, faults))
+    device = asyncio.run(bring_back(options, spec, faults, run_files))
     if done is not None:
         done()
     faults.at("live")
-    device.wait()
-    faults.at("ended")
+    device.serve_to_its_end(run_files)
 
 
 def daemonize() -> Callable[[], None]:
@@ -49,7 +49,9 @@ def daemonize() -> Callable[[], None]:
     return lambda: os.close(writing) if os.write(writing, b"1") else None
 
 
-async def bring_back(options: argparse.Namespace, spec: TargetSpec, faults: Faults) -> Device:
+async def bring_back(
+    options: argparse.Namespace, spec: TargetSpec, faults: Faults, run_files: RunFiles
+) -> Device:
     """Do what is left to this server of START, fetching every tag, and END."""
     delegated = options.recover is not None
     dev_id: int = options.recover if delegated else options.attach
@@ -63,6 +65,7 @@ async def bring_back(options: argparse.Namespace, spec: TargetSpec, faults: Faul
             await start(ctrl, dev_id)
         faults.at("line")
         device = Device(geometry(info, params["basic"]["dev_sectors"]), target, faults)
+        run_files.write(dev_id)  # before it can be LIVE: then it is looked for
         await asyncio.to_thread(device.fetch)
         faults.at("fetched")
         if delegated:
