@@ -16,12 +16,14 @@ from cast import Home
 from twin import PARAMS, Command
 from twin_device import CharFile
 
-from ublkwatch.care import Job, Spec
+from ublkwatch.care import Care, Job, Origin, Spec
 from ublkwatch.ctrl import CtrlError, patiently
 from ublkwatch.events import Transition
+from ublkwatch.lanes import Lanes
 from ublkwatch.model import DevInfo, Record, ServerId
 from ublkwatch.monitor import Monitor
 from ublkwatch.perform import Edges
+from ublkwatch.rules import Unmanaged
 from ublkwatch.uapi import DevState
 
 if TYPE_CHECKING:
@@ -56,10 +58,12 @@ class Life:
             clock=clock,
             wall=clock,
             chance=world.rng.random,
+            origin=lambda _pid: Origin(),
+            care=self.care_of,
+            kept=self,
+            lanes=Lanes(64),
         )
-        self.monitor = Monitor(
-            edges, world.policy, world.cares, dict(world.records), dict(world.specs)
-        )
+        self.monitor = Monitor(edges, world.policy, dict(world.records), dict(world.specs))
         self.task = asyncio.create_task(self.monitor.run(POLL_S), name="supervisor")
         world.note("supervisor", "starts")
         for tag in world.homes:
@@ -245,11 +249,36 @@ class Life:
             for file in process.files
         )
 
-    def holders(self, node: str) -> str:
+    def holders(self, node: str) -> tuple[bool, str]:
         holding = [who for who in self.world.processes.alive() if self.holds(who.pid, node)]
-        return f"{node} is held by process {holding[0]}" if holding else f"no holder of {node}"
+        if not holding:
+            return True, f"no holder of {node}"
+        return False, f"{node} is held by process {holding[0]}"
+
+    async def care_of(self, info: DevInfo, origin: Origin | None) -> Care | Unmanaged:
+        del origin
+        return self.world.cares.get(info.dev_id, Unmanaged())
+
+    # --- Kept ------------------------------------------------------------------------------------
+
+    def keep(self, dev_id: int, paths: tuple[str, ...]) -> None:
+        raise AssertionError(f"no files here: {dev_id}, {paths}")
+
+    restore = keep
+
+    def drop(self, dev_id: int) -> None:
+        pass
 
     # --- Launcher --------------------------------------------------------------------------------
+
+    def root(self, tag: str) -> str:
+        return tag
+
+    def known(self, tag: str) -> bool:
+        return tag in self.world.homes
+
+    def join(self, tag: str, root: str) -> None:
+        raise AssertionError(f"no groups here: {tag}, {root}")
 
     async def start(self, tag: str, job: Job) -> int:
         del job
@@ -258,6 +287,8 @@ class Life:
         self.world.laws.spawns(dev_id, tag)
         kind = self.world.next_kind(dev_id)
         await asyncio.sleep(self.world.rng.uniform(0.0005, 0.01))
+        if kind == "slow-launch":
+            await asyncio.sleep(self.world.rng.uniform(5, 25))
         if kind == "no-start":
             raise OSError(errno.ENOENT, "No such file or directory: '/bin/server'")
         home = self.world.homes[tag] = Home()
@@ -296,6 +327,20 @@ class Life:
         if process is None or pid not in self._children:
             return "unknown", None
         return process.how, process.code
+
+    def must_ask(self, pid: int) -> bool:
+        del pid
+        return False
+
+    async def autopsy(self, tag: str, pid: int) -> tuple[str, int | None, str]:
+        return *self.how_ended(pid), self.last_words(tag)
+
+    def pids(self, tag: str) -> set[int]:
+        del tag
+        return set()
+
+    async def end(self, tag: str) -> None:
+        del tag
 
     async def decide(
         self, command: tuple[str, ...], about: dict[str, str], timeout_s: float

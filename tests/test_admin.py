@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ublkwatch import admin
-from ublkwatch.admin import Admin, Peer, Request, RequestError
+from ublkwatch.admin import Admin, Change, Peer, Request, RequestError
 from ublkwatch.model import Order
 
 CLIENTS_MAX = 16
@@ -38,12 +38,12 @@ class World:
     def __init__(self, runtime_dir: Path) -> None:
         self.runtime_dir = runtime_dir
         self.path = runtime_dir / "admin.sock"
-        self.taken: list[tuple[Request, Peer]] = []
+        self.taken: list[tuple[Request | Change, Peer]] = []
         self.refusal = ""
         self.stuck = False
         self._opened: list[asyncio.StreamWriter] = []
 
-    async def take(self, request: Request, peer: Peer) -> str:
+    async def take(self, request: Request | Change, peer: Peer) -> str:
         if self.stuck:
             await asyncio.get_running_loop().create_future()
         self.taken.append((request, peer))
@@ -310,6 +310,40 @@ def test_whatever_is_written_is_an_order_or_refused_with_words(raw: bytes) -> No
         assert admin.parse(request.line()) == request
     assert said.isascii()
     assert len(said) < 200
+
+
+def test_changes_of_the_rules_are_taken_too(tmp_path: Path) -> None:
+    changes = [
+        Change("register", "ublkb3", {"dev_id": 3, "command": ["/s"]}, "new"),
+        Change("unregister", "vm.disks-1"),
+        Change("reload"),
+    ]
+
+    async def story(world: World) -> None:
+        for change in changes:
+            assert await asyncio.to_thread(admin.ask, tmp_path, change) == world.refusal
+
+    assert [change for change, _ in serve(tmp_path, story).taken] == changes
+    said = ["register ublkb3", "unregister vm.disks-1", "reload"]
+    assert [str(change) for change in changes] == said
+    assert [change.dev_id for change in changes] == [3, None, None]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"order": "register", "table": {}}, "name: '': 1 to 64 letters"),
+        ({"order": "register", "name": "../x", "table": {}}, "name: '../x': 1 to 64 letters"),
+        ({"order": "unregister", "name": ".x"}, "name: '.x': 1 to 64 letters"),
+        ({"order": "unregister", "name": "x", "table": {}}, "'table': unknown key; known are "),
+        ({"order": "register", "name": "x", "table": 3}, "table: must be an object"),
+        ({"order": "reload", "dev_id": 3}, "'dev_id': unknown key; known are order, reason, vers"),
+    ],
+)
+def test_a_change_that_is_none_is_refused_with_words(content: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        admin.parse(json.dumps({"version": 1, **content}).encode() + b"\n")
+    assert says in str(caught.value)
 
 
 # --- clients that are no friends -----------------------------------------------------------------

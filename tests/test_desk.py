@@ -18,13 +18,17 @@ import pytest
 from patience import until
 from test_monitor import World, phase
 
-from ublkwatch import cli, status
+from ublkwatch import cli, config, status
 from ublkwatch.admin import Admin
-from ublkwatch.care import Job
-from ublkwatch.daemon import Desk
+from ublkwatch.care import Care, Job, Origin
+from ublkwatch.desk import Desk
 from ublkwatch.events import Asked
-from ublkwatch.model import Exhausted, Generation, Order, Phase, Reason, Record
+from ublkwatch.library import Library
+from ublkwatch.model import DevInfo, Exhausted, Generation, Order, Phase, Reason, Record
+from ublkwatch.monitor import Monitor
+from ublkwatch.rules import Unmanaged
 from ublkwatch.store import Store
+from ublkwatch.trust import check_executable
 from ublkwatch.uapi import DevState
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -44,16 +48,34 @@ class Place(World):
         self.store = Store(home / "run", home / "state")
         self.history: list[dict[str, Any]] = []
         self.failing_starts = 0
+        self.jobs: list[Job] = []
+        self.unmanaged = False  # but for what is registered
 
     def save_record(self, record: Record) -> None:
         super().save_record(record)
         self.store.save_record(replace(record, instance=f"{BOOT_ID}/1"))
 
+    async def care_of(self, info: DevInfo, origin: Origin | None) -> Care | Unmanaged:
+        if not self.unmanaged:
+            return await super().care_of(info, origin)
+        return self.library.find(info, origin)
+
     async def start(self, tag: str, job: Job) -> int:
         if self.failing_starts:
             self.failing_starts -= 1
             raise OSError(2, "No such file or directory", job.command[0])
+        self.jobs.append(job)
         return await super().start(tag, job)
+
+    def desk(self, monitor: Monitor) -> Desk:
+        self.library = Library(
+            config.load(self.config),
+            self.store,
+            lambda _: lambda _info, _origin: None,
+            check_executable,
+            Generation.G3,
+        )
+        return Desk(monitor, self.library, lambda: "no configuration here", self.history.append)
 
     def show(self) -> dict[str, Any]:
         """Write the status document, and return what it says of the device."""
@@ -71,7 +93,8 @@ class Place(World):
 
     async def run(self, *arguments: str) -> int:
         """Call the command line as `ublkwatch ...` does, in a thread of its own."""
-        return await asyncio.to_thread(cli.main, [*arguments, "--config", str(self.config)])
+        verb, *rest = arguments
+        return await asyncio.to_thread(cli.main, [verb, "--config", str(self.config), *rest])
 
 
 @pytest.fixture
@@ -82,16 +105,30 @@ def place(tmp_path: Path) -> Iterator[Place]:
         place.store.close()
 
 
-def play(place: Place, story: Callable[[], Awaitable[None]], **policy: Any) -> None:
+async def until_recovered(place: Place) -> Record:
+    def recovered() -> bool:
+        (record,) = place.seen.records()
+        return record.phase is Phase.WATCHING and record.recoveries > 0
+
+    await until(recovered, f"recovered: {place.diary}")
+    return place.seen.records()[0]
+
+
+def play(
+    place: Place,
+    story: Callable[[], Awaitable[None]],
+    first: Phase = Phase.WATCHING,
+    **policy: Any,
+) -> None:
     """Run monitor and socket while the story is told."""
 
     async def run() -> None:
         monitor = place.monitor(**policy)
-        door = Admin(place.runtime_dir, Desk(monitor, place.history.append).take)
+        door = Admin(place.runtime_dir, place.desk(monitor).take)
         await door.start()
         task = asyncio.create_task(monitor.run(0.05))
         try:
-            await phase(place, Phase.WATCHING)
+            await phase(place, first)
             await story()
         finally:
             door.close()
@@ -344,7 +381,7 @@ def test_who_is_not_root_is_told_so(verb: str, capsys: pytest.CaptureFixture[str
         place = Place(home)
 
         async def listen() -> None:
-            door = Admin(place.runtime_dir, Desk(place.monitor(), place.history.append).take)
+            door = Admin(place.runtime_dir, place.desk(place.monitor()).take)
             await door.start()
             os.seteuid(65534)
             try:
@@ -356,3 +393,128 @@ def test_who_is_not_root_is_told_so(verb: str, capsys: pytest.CaptureFixture[str
         asyncio.run(listen())
         place.store.close()
     assert "try sudo" in capsys.readouterr().err
+
+
+# --- rules ---------------------------------------------------------------------------------------
+
+REGISTER = ("register", "ublkb3", "--handoff", "delegated", "--policy", "grace_s=4")
+
+
+def test_what_is_registered_is_kept_shown_and_undone(
+    place: Place, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ublkwatch")
+    command = ("--reason", "new disk", "--", "/bin/true", "recover", "-n", "{dev_id}")
+
+    async def story() -> None:
+        assert await place.run(*REGISTER, *command) == cli.EXIT_OK
+        assert await place.run("registered") == cli.EXIT_OK
+        table = {
+            "dev_id": 3,
+            "handoff": "delegated",
+            "grace_s": 4,
+            "command": ["/bin/true", "recover", "-n", "{dev_id}"],
+        }
+        assert place.library.registered() == {"ublkb3": table}
+        assert await place.run("unregister", "ublkb3") == cli.EXIT_OK
+        assert await place.run("unregister", "ublkb3") == cli.EXIT_REFUSED
+        assert await place.run("registered", "--json") == cli.EXIT_OK
+
+    play(place, story)
+    said = capsys.readouterr()
+    assert said.out == (
+        "register ublkb3: done\n"
+        "ublkb3: ublkb3: delegated: /bin/true recover -n {dev_id}\n"
+        "unregister ublkb3: done\n{}\n"
+    )
+    assert "refused: ublkb3: nothing is registered by this name" in said.err
+    assert f"register ublkb3, asked by uid {os.geteuid()}" in caplog.text
+    entry = place.history[0]
+    assert (entry["order"], entry["name"], entry["dev_id"]) == ("register", "ublkb3", 3)
+    assert (entry["reason"], entry["result"]) == ("new disk", "taken")
+
+
+def test_a_registered_command_is_the_one_that_is_started(place: Place) -> None:
+    place.config.write_text(f'runtime_dir = "{place.runtime_dir}"\n'
+                            f'state_dir = "{place.runtime_dir.parent}/state"\n')  # fmt: skip
+    place.unmanaged = True
+
+    async def story() -> None:
+        assert place.show()["reason"] == "NO_SPEC"
+        assert await place.run("register", "0", "--", "/bin/true", "{queues}") == cli.EXIT_OK
+        await phase(place, Phase.WATCHING)
+        place.crash()
+        assert (await until_recovered(place)).recoveries == 1
+        assert [job.command for job in place.jobs] == [("/bin/true", "1")]
+        assert await place.run("forget", "0") == cli.EXIT_OK
+        assert place.library.registered() == {}
+
+    play(place, story, first=Phase.OBSERVED)
+
+
+def test_a_registration_that_is_wrong_is_refused_with_words(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def story() -> None:
+        for words in (
+            ("--", "true"),
+            ("--attach", "late", "--", "/bin/true"),
+            ("--limit", "core", "--", "/bin/true"),
+            ("--policy", "user=me", "--", "/bin/true"),
+            ("--exe", "/x", "--", "/bin/true"),
+            ("--", "/bin/no such"),
+            ("--profile", "kublk", "--", "/bin/true"),
+        ):
+            code = await place.run("register", "3", *words)
+            assert code in (cli.EXIT_REFUSED, cli.EXIT_CONFIG), words
+        assert await place.run("register", "0", "--", "/bin/true") == cli.EXIT_REFUSED
+        assert await place.run("register", "--process", "x", "--", "/bin/true") == cli.EXIT_CONFIG
+        assert place.library.registered() == {}
+
+    play(place, story)
+    said = capsys.readouterr().err
+    for words in (
+        "registration ublkb3: device.command: 'true' must be an absolute path",
+        "registration ublkb3: device.attach: must be",
+        "--limit: 'core' is not KEY=VALUE",
+        "--policy user: unknown key; known are ",
+        "--exe: says nothing beside a device",
+        "No such file or directory",
+        "device.accept_delete_on_failure: must be true: `kublk recover` removes the device",
+        "device[1] names ublkb0 already, and comes first; change it there",
+        "--name: is missing; a rule for many devices needs one",
+    ):
+        assert words in said, words
+
+
+def test_without_a_daemon_a_registration_is_kept_for_the_next_one(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.store.close()
+    rule = ("register", "--name", "vms", "--process", "vm-*", "--tag", "0x10")
+    options = ("--env", "A=b=c", "--limit", "nofile=10:20", "--set", "cpus=[1, 2]")
+    for _ in range(2):  # the second takes the place of the first
+        arguments = [*rule, "--config", str(place.config), *options, "--", "/bin/true"]
+        assert cli.main(arguments) == cli.EXIT_OK
+    for words, code in (
+        (("registered",), cli.EXIT_OK),
+        (("reload",), cli.EXIT_NOT_RUNNING),
+        (("unregister", "other"), cli.EXIT_REFUSED),
+        (("unregister", "vms"), cli.EXIT_OK),
+        (("registered",), cli.EXIT_OK),
+    ):
+        assert cli.main([*words, "--config", str(place.config)]) == code, words
+    out = capsys.readouterr().out
+    assert "register vms: done; ublkwatch is not running, and will know when it is" in out
+    assert "vms: process vm-*, tag 0x10: managed: /bin/true\n" in out
+    assert out.endswith("nothing is registered\n")
+
+
+def test_a_configuration_is_read_anew_when_asked_for(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def story() -> None:
+        assert await place.run("reload") == cli.EXIT_REFUSED
+
+    play(place, story)
+    assert "reload: refused: no configuration here; nothing was changed" in capsys.readouterr().err

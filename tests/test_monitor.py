@@ -14,16 +14,21 @@ import pytest
 import virtual
 from patience import until
 
-from ublkwatch.care import Care, Job, Spec
+from ublkwatch.care import Care, Job, Origin, Spec
 from ublkwatch.ctrl import CtrlError
 from ublkwatch.events import Transition
+from ublkwatch.lanes import Lanes
 from ublkwatch.model import DevInfo, Generation, Phase, Policy, Reason, Record, ServerId
 from ublkwatch.monitor import Monitor
 from ublkwatch.perform import Edges
+from ublkwatch.rules import Unmanaged
 from ublkwatch.uapi import DevFlags, DevState
 
 FIRST = ServerId(100, 1, "boot")
 FLAGS = DevFlags.USER_RECOVERY | DevFlags.USER_RECOVERY_REISSUE
+
+
+ORIGIN = Origin("/bin/server", "server", 5, 6)
 
 
 @dataclass
@@ -46,6 +51,9 @@ class World:
     transitions: list[Transition] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
     pid: int = 200
+    origin: Origin = ORIGIN
+    asked: list[tuple[int, Origin | None]] = field(default_factory=list)
+    care: Care | Unmanaged = field(default_factory=Unmanaged)
 
     def monitor(self, **policy: Any) -> Monitor:
         clock = asyncio.get_running_loop().time
@@ -59,14 +67,18 @@ class World:
             dev_ids=self.dev_ids,
             instance=lambda _: "boot/1",
             holds=lambda _pid, _node: True,
-            holders=lambda node: f"no visible holder of {node}",
+            holders=lambda node: (True, f"no visible holder of {node}"),
             publish=self.transitions.append,
             clock=clock,
             wall=clock,
             chance=lambda: 1.0,
+            origin=lambda _pid: self.origin,
+            care=self.care_of,
+            kept=self,
+            lanes=Lanes(),
         )
-        cares = {0: Care(("/bin/server",), Policy(**policy), decider=("/bin/decide",))}
-        self.seen = Monitor(edges, Policy(), cares, dict(self.saved), dict(self.specs))
+        self.care = Care(("/bin/server",), Policy(**policy), decider=("/bin/decide",))
+        self.seen = Monitor(edges, Policy(), dict(self.saved), dict(self.specs))
         return self.seen
 
     def dev_ids(self) -> set[int]:
@@ -128,8 +140,30 @@ class World:
         for server in self.tagged(tag):
             self.kill(server)
 
+    async def care_of(self, info: DevInfo, origin: Origin | None) -> Care | Unmanaged:
+        self.asked.append((info.dev_id, origin))
+        return self.care
+
+    def keep(self, dev_id: int, paths: tuple[str, ...]) -> None:
+        self.diary.append(f"keep {dev_id} {' '.join(paths)}")
+
+    def restore(self, dev_id: int, paths: tuple[str, ...]) -> None:
+        self.diary.append(f"restore {dev_id} {' '.join(paths)}")
+
+    def drop(self, dev_id: int) -> None:
+        self.diary.append(f"drop {dev_id}")
+
+    def root(self, tag: str) -> str:
+        return tag
+
+    def known(self, tag: str) -> bool:
+        return bool(tag)
+
+    def join(self, tag: str, root: str) -> None:
+        self.diary.append(f"join {tag} {root}")
+
     async def start(self, tag: str, job: Job) -> int:
-        assert job.command == ("/bin/server",)
+        assert job.origin == ORIGIN, "what the lost server was"
         self.diary.append(f"spawn {tag}")
         self.pid += 1
         self.alive[self.pid] = ServerId(self.pid, self.pid, "boot")
@@ -148,6 +182,20 @@ class World:
 
     def how_ended(self, pid: int) -> tuple[str, int | None]:
         return f"{pid} ended", None
+
+    def must_ask(self, pid: int) -> bool:
+        del pid
+        return False
+
+    async def autopsy(self, tag: str, pid: int) -> tuple[str, int | None, str]:
+        return *self.how_ended(pid), self.last_words(tag)
+
+    def pids(self, tag: str) -> set[int]:
+        del tag
+        return set()
+
+    async def end(self, tag: str) -> None:
+        del tag
 
     async def decide(
         self, command: tuple[str, ...], about: dict[str, str], timeout_s: float

@@ -152,6 +152,7 @@ def test_a_watched_device_is_told_in_full() -> None:
         "held_by": None,
         "give_up_at": None,
         "stopped": False,
+        "care": {},
     }
 
 

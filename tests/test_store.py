@@ -14,7 +14,7 @@ import pytest
 
 from ublkwatch.care import Origin, Spec
 from ublkwatch.model import Armed, DevInfo, Phase, QueueConfig, Reason, Record, ServerId
-from ublkwatch.store import Store, StoreError, read_record, replace_file
+from ublkwatch.store import Store, StoreError, lock_host, read_record, replace_file
 from ublkwatch.uapi import DevFlags, DevState
 
 RECORD = Record(
@@ -29,13 +29,17 @@ RECORD = Record(
     server=ServerId(77, 88, "boot"),
     candidate=ServerId(99, 100, "boot"),
     seq=12,
+    spawned_at=1233.5,
     ready=True,
     holders="no visible holder of /dev/ublkc3",
     agreed=2,
+    quiet_since=1234.0,
+    free_since=1234.25,
     armed=Armed.UNSURE,
     lined=True,
     pending=True,
     over=False,
+    shared=True,
     ends=3,
     then=Phase.OBSERVED,
     failures=(1230.0, 1234.0),
@@ -213,3 +217,15 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, name: str) 
         Store(tmp_path / "run", tmp_path / "lib")
     (tmp_path / name).unlink()
     Store(tmp_path / "run", tmp_path / "lib").close()
+
+
+def test_one_host_has_one_ublkwatch(tmp_path: Path) -> None:
+    ours = tmp_path / "uts"
+    ours.touch()
+    lock = lock_host(ours)
+    with pytest.raises(StoreError, match="another ublkwatch runs on this host"):
+        lock_host(ours)
+    os.close(lock)
+    os.close(lock_host(ours))
+    os.close(lock_host(tmp_path / "not ours to see", ours))
+    os.close(lock_host())

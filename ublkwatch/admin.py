@@ -3,7 +3,9 @@
 `admin.sock` in the runtime directory, for root alone. A client writes a line such as
 ``{"version": 1, "order": "hold", "dev_id": 3, "for_s": 600, "reason": "new disk"}`` and reads
 ``{"version": 1, "ok": true}``, or ``false`` with a ``why``; then it may ask for more. ``for_s`` is
-for "hold" only, and may be left out, as ``reason`` may. What is no order ends the conversation.
+for "hold" only, and may be left out, as ``reason`` may. Three more speak of no device: "register"
+with a ``name`` and a ``table``, "unregister" with a ``name``, and "reload". What is none of these
+ends the conversation.
 
 Clients are bounded in number, and each in time and in what it may write; nothing that one of them
 does reaches another, or the loop.
@@ -16,10 +18,11 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import struct
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ _CLIENTS_MAX = 16
 _CLIENT_S = 10.0
 _TAKE_S = 5.0
 _PATIENCE_S = 15.0  # of our own client: longer than whatever the server takes
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 _KEYS = {"version", "order", "dev_id", "for_s", "reason"}
 _log = logging.getLogger("ublkwatch")
 
@@ -62,6 +66,40 @@ class Request:
             content["reason"] = self.reason
         return json.dumps(content).encode() + b"\n"
 
+    def __str__(self) -> str:
+        """Say it for the log."""
+        for_s = "" if self.for_s is None else f" for {self.for_s:g} s"
+        return f"ublk {self.dev_id}: {self.order.value}{for_s}"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What an operator wants changed of the rules by which devices are kept."""
+
+    verb: str  # one of VERBS
+    name: str = ""  # of a registration
+    table: Mapping[str, Any] = field(default_factory=dict)  # what is registered
+    reason: str = ""
+
+    def line(self) -> bytes:
+        """Return it as it goes over the socket."""
+        content: dict[str, object] = {"version": VERSION, "order": self.verb}
+        parts = {"name": self.name, "table": dict(self.table), "reason": self.reason}
+        return json.dumps(content | {k: v for k, v in parts.items() if v}).encode() + b"\n"
+
+    def __str__(self) -> str:
+        """Say it for the log."""
+        return f"{self.verb} {self.name}".strip()
+
+    @property
+    def dev_id(self) -> int | None:
+        """Return the device that is registered; None: whatever the table describes."""
+        dev_id = self.table.get("dev_id")
+        return dev_id if type(dev_id) is int else None
+
+
+VERBS = {"register": {"name", "table"}, "unregister": {"name"}, "reload": set[str]()}
+
 
 @dataclass(frozen=True, slots=True)
 class Peer:
@@ -80,10 +118,10 @@ class Peer:
         return f"{self}: {reason}" if reason else str(self)
 
 
-Take = Callable[[Request, Peer], Awaitable[str]]
+Take = Callable[[Request | Change, Peer], Awaitable[str]]
 
 
-def parse(line: bytes) -> Request:
+def parse(line: bytes) -> Request | Change:
     """Understand a line; RequestError when it is no order that this version knows."""
     try:
         content = json.loads(line.decode())
@@ -93,20 +131,37 @@ def parse(line: bytes) -> Request:
         raise RequestError("not a JSON object")
     if content.get("version") != VERSION:
         raise RequestError(f"version {_shown(content.get('version'))}, where {VERSION} is spoken")
-    for unknown in content.keys() - _KEYS:
-        raise RequestError(f"{_shown(unknown)}: unknown key; known are {', '.join(sorted(_KEYS))}")
     orders = {order.value: order for order in Order}
-    name, dev_id = content.get("order"), content.get("dev_id")
-    if not isinstance(name, str) or name not in orders:
-        raise RequestError(f"order: {_shown(name)} is none of {', '.join(orders)}")
+    verb = content.get("order")
+    if not isinstance(verb, str) or verb not in orders | VERBS:
+        raise RequestError(f"order: {_shown(verb)} is none of {', '.join([*orders, *VERBS])}")
+    keys = VERBS[verb] | {"version", "order", "reason"} if verb in VERBS else _KEYS
+    for unknown in content.keys() - keys:
+        raise RequestError(f"{_shown(unknown)}: unknown key; known are {', '.join(sorted(keys))}")
+    if verb in VERBS:
+        return _change(verb, content)
+    dev_id = content.get("dev_id")
     if type(dev_id) is not int or not 0 <= dev_id < 1 << 20:
         raise RequestError(f"dev_id: {_shown(dev_id)} is no number of a device")
+    return Request(orders[verb], dev_id, _duration(content, orders[verb]), _reason(content))
+
+
+def _change(verb: str, content: dict[str, Any]) -> Change:
+    name, table = content.get("name", ""), content.get("table", {})
+    # It is the name of a file, too.
+    if "name" in VERBS[verb] and not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise RequestError(f"name: {_shown(name)}: 1 to 64 letters, digits and _.-, no . first")
+    if not isinstance(table, dict):
+        raise RequestError("table: must be an object")
+    return Change(verb, name, table, _reason(content))
+
+
+def _reason(content: dict[str, Any]) -> str:
     reason = content.get("reason", "")
     if not isinstance(reason, str) or len(reason) > REASON_MAX:
         raise RequestError(f"reason: must be a text of at most {REASON_MAX} characters")
     # It goes to logs and terminals: what could pass for anything else there is taken out.
-    reason = "".join(each if each.isprintable() else " " for each in reason).strip()
-    return Request(orders[name], dev_id, _duration(content, orders[name]), reason)
+    return "".join(each if each.isprintable() else " " for each in reason).strip()
 
 
 def _duration(content: dict[str, Any], order: Order) -> float | None:
@@ -250,7 +305,7 @@ def _peer(writer: asyncio.StreamWriter) -> Peer:
 # --- the command line's side ---------------------------------------------------------------------
 
 
-def ask(runtime_dir: Path, request: Request) -> str:
+def ask(runtime_dir: Path, request: Request | Change) -> str:
     """Hand an order to the ublkwatch that runs; return why it was refused, or "" when taken.
 
     FileNotFoundError and ConnectionRefusedError: none runs. PermissionError: it is not for us.

@@ -44,7 +44,7 @@ class Run:
     cwd: str = "/"
     env: tuple[tuple[str, str], ...] = ()
     limits: tuple[tuple[str, str], ...] = ()  # ("nofile", "1024:4096"), names as in setrlimit(2)
-    oom_score_adj: int | None = None
+    oom_score_adj: int | None = -900  # whose server is lost, waits; None: as it is
     cpus: tuple[int, ...] = ()  # CPU affinity
     unit: str = ""  # systemd owns the command: this unit is started
 
@@ -63,7 +63,8 @@ class Care:
     group: str = ""  # devices of one group are served by one process
     priority: int = 0  # of several lost at once, the highest is started first
     keep: tuple[str, ...] = ()  # files that a failed recover command loses: kept, and restored
-    source: str = ""  # who says so: the configuration, a registration, a profile
+    # Who says so: the configuration, a registration, a profile.
+    source: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

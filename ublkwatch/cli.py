@@ -16,12 +16,14 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ublkwatch import __version__, admin, config, explain, status
-from ublkwatch.config import Config, ConfigError
+from ublkwatch.config import Config
 from ublkwatch.model import Generation, Order, Phase, Policy, Reason, Record
+from ublkwatch.settings import MATCHES, OPTIONS, SERVER, ConfigError
 
 if TYPE_CHECKING:  # imported late, see _run()
     from ublkwatch.store import Store
@@ -50,7 +52,7 @@ _ORDERS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run a verb and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
         return int(arguments.verb(arguments))
     except ConfigError as error:
@@ -58,6 +60,14 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Understand a command line; what follows `--` in `register` is the server's own."""
+    cut = argv.index("--") if argv[:1] == ["register"] and "--" in argv else len(argv)
+    arguments = _parser().parse_args(argv[:cut])
+    arguments.command = argv[cut + 1 :]
+    return arguments
 
 
 def _say(code: int, message: str) -> int:
@@ -85,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     device.add_argument("dev_id", type=_dev_id, metavar="DEV", help="N, ublkbN or /dev/ublkbN")
     tell = verbs.add_parser("explain", parents=[shared, device], help="say all about a device")
     tell.set_defaults(verb=_explain)
+    _add_rules(verbs, shared)
     for order, text in _ORDERS.items():
         verb = verbs.add_parser(order.value, parents=[shared, device], help=text)
         verb.set_defaults(verb=_order, order=order, for_s=None)
@@ -94,6 +105,40 @@ def _parser() -> argparse.ArgumentParser:
                 "--for", dest="for_s", type=_seconds, metavar="TIME", help="90s, 30m, 2h or 1d"
             )
     return parser
+
+
+def _add_rules(verbs: Any, shared: argparse.ArgumentParser) -> None:
+    usage = "%(prog)s (DEV | --exe PATH | --process NAME | --tag N) [OPTION]... -- ARGV..."
+    asked = argparse.ArgumentParser(add_help=False)
+    asked.add_argument("--reason", default="", metavar="TEXT", help="for the log and for others")
+    add = verbs.add_parser(
+        "register", parents=[shared, asked], help="say how to start a server", usage=usage
+    )
+    add.add_argument("dev_id", type=_dev_id, nargs="?", metavar="DEV", help="N, ublkbN")
+    add.add_argument("--name", help="of the registration; of a device's by default ublkbN")
+    for key in (*MATCHES, *OPTIONS):
+        add.add_argument(f"--{key}", help=SERVER[key].help)
+    add.add_argument("--accept-delete-on-failure", action="store_true")
+    for option, target in (
+        ("env", "env"),
+        ("limit", "limit"),
+        ("policy", "policy"),
+        ("set", "more"),
+    ):
+        add.add_argument(
+            f"--{option}", action="append", default=[], metavar="KEY=VALUE", dest=target
+        )
+    add.set_defaults(verb=_change, change="register")
+    drop = verbs.add_parser("unregister", parents=[shared, asked], help="undo a `register`")
+    drop.add_argument("name", metavar="NAME", help="as `ublkwatch registered` shows it")
+    drop.set_defaults(verb=_change, change="unregister")
+    again = verbs.add_parser(
+        "reload", parents=[shared, asked], help="have the configuration read anew"
+    )
+    again.set_defaults(verb=_change, change="reload", name="")
+    show = verbs.add_parser("registered", parents=[shared], help="show what is registered")
+    show.add_argument("--json", action="store_true", help="the tables, for programs")
+    show.set_defaults(verb=_registered)
 
 
 def _dev_id(text: str) -> int:
@@ -160,17 +205,35 @@ def _locked(path: Path) -> bool:
 
 
 def _order(arguments: argparse.Namespace) -> int:
-    settings = config.load(arguments.config)
     order, dev_id = arguments.order, arguments.dev_id
-    what = f"{order.value} ublkb{dev_id}"
+    request = admin.Request(order, dev_id, arguments.for_s, arguments.reason)
+    hint = f"`ublkwatch explain {dev_id}` says what can be done"
+    return _hand_over(arguments, request, f"{order.value} ublkb{dev_id}", hint)
+
+
+def _change(arguments: argparse.Namespace) -> int:
+    from ublkwatch import registering  # noqa: PLC0415 - as in _run()
+
+    if arguments.change == "register":
+        change = registering.change_of(arguments)
+    else:
+        change = admin.Change(arguments.change, arguments.name, reason=arguments.reason)
+    return _hand_over(arguments, change, str(change), "nothing was changed")
+
+
+def _hand_over(
+    arguments: argparse.Namespace, asked: admin.Request | admin.Change, what: str, hint: str
+) -> int:
+    settings = config.load(arguments.config)
     if len(arguments.reason) > admin.REASON_MAX:
         return _say(EXIT_USAGE, f"--reason: at most {admin.REASON_MAX} characters")
-    request = admin.Request(order, dev_id, arguments.for_s, arguments.reason)
     try:
-        refusal = admin.ask(settings.runtime_dir, request)
+        refusal = admin.ask(settings.runtime_dir, asked)
     except (FileNotFoundError, ConnectionRefusedError):
-        hint = "start it, then ask again"
-        return _say(EXIT_NOT_RUNNING, f"{what}: ublkwatch is not running; {hint}")
+        if isinstance(asked, admin.Request) or asked.verb == "reload":
+            again = "start it, then ask again"
+            return _say(EXIT_NOT_RUNNING, f"{what}: ublkwatch is not running; {again}")
+        return _keep(settings, asked)
     except PermissionError:
         return _say(EXIT_NO_PERMISSION, f"{what}: only root may give orders; try sudo")
     except TimeoutError:
@@ -178,9 +241,38 @@ def _order(arguments: argparse.Namespace) -> int:
     except OSError as error:
         return _say(EXIT_FAILED, f"{what}: {settings.runtime_dir / admin.NAME}: {error}")
     if refusal:
-        hint = f"`ublkwatch explain {dev_id}` says what can be done"
         return _say(EXIT_REFUSED, f"{what}: refused: {refusal}; {hint}")
     print(f"{what}: done")
+    return EXIT_OK
+
+
+def _keep(settings: Config, change: admin.Change) -> int:
+    """Keep a change for the daemon that will run."""
+    from ublkwatch import registering  # noqa: PLC0415 - as in _run()
+    from ublkwatch.store import StoreError  # noqa: PLC0415 - as in _run()
+
+    try:
+        refusal = registering.offline(settings, change)
+    except StoreError as error:
+        return _say(EXIT_STATE, f"{change}: {error}")
+    except (ConfigError, OSError) as error:
+        refusal = str(error)
+    if refusal:
+        return _say(EXIT_REFUSED, f"{change}: refused: {refusal}; nothing was changed")
+    print(f"{change}: done; ublkwatch is not running, and will know when it is")
+    return EXIT_OK
+
+
+def _registered(arguments: argparse.Namespace) -> int:
+    from ublkwatch import registering  # noqa: PLC0415 - as in _run()
+    from ublkwatch.store import read_registrations  # noqa: PLC0415 - as in _run()
+
+    settings = config.load(arguments.config)
+    try:
+        registered = read_registrations(settings.state_dir)
+    except PermissionError as error:
+        return _say(EXIT_NO_PERMISSION, f"registered: {error.filename}: try sudo")
+    print(registering.listing(registered, as_json=arguments.json))
     return EXIT_OK
 
 
@@ -205,7 +297,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         return _say(EXIT_REFUSED, f"ublkb{dev_id}: no such device is known; {hint}")
     record = _completed(record, document)
     times = explain.Times(time.monotonic(), time.time(), _clock)
-    policy = _policy(settings, dev_id, document)
+    policy = _policy(dev_id, document)
     written_at = document.get("written_at")
     print(explain.explain(record, policy, times, running=running, written_at=written_at))
     return EXIT_OK if running else EXIT_NOT_RUNNING
@@ -219,13 +311,12 @@ def _clock(wall: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall))
 
 
-def _policy(settings: Config, dev_id: int, document: dict[str, Any]) -> Policy:
+def _policy(dev_id: int, document: dict[str, Any]) -> Policy:
     """Return the device's policy as the daemon that wrote the document has it."""
-    care = settings.cares.get(dev_id)
     known = Generation.__members__.get(document.get("generation", ""), Generation.UNKNOWN)
-    return replace(
-        care.policy if care else settings.policy, generation=known, has_spec=care is not None
-    )
+    devices = document.get("devices", [])
+    care = next((each.get("care") for each in devices if each["dev_id"] == dev_id), None)
+    return replace(status.policy_from(care), generation=known)
 
 
 def _completed(record: Record, document: dict[str, Any]) -> Record:
@@ -250,7 +341,7 @@ def _completed(record: Record, document: dict[str, Any]) -> Record:
 def _run(arguments: argparse.Namespace) -> int:
     # Late, like the edges that it composes: `ublkwatch status` must not pay for any of these.
     from ublkwatch.daemon import UnavailableError  # noqa: PLC0415
-    from ublkwatch.store import Store, StoreError  # noqa: PLC0415
+    from ublkwatch.store import Store, StoreError, lock_host  # noqa: PLC0415
 
     settings = config.load(arguments.config)
     if not _may_administer():
@@ -260,7 +351,10 @@ def _run(arguments: argparse.Namespace) -> int:
     except StoreError as error:
         return _say(EXIT_STATE, str(error))
     try:
-        asyncio.run(_daemon(settings, store, verbose=arguments.verbose))
+        lock_host()  # until we end
+        asyncio.run(_daemon(settings, store, arguments))
+    except StoreError as error:
+        return _say(EXIT_STATE, str(error))
     except UnavailableError as error:
         return _say(EXIT_NO_PERMISSION if error.permission else EXIT_UNAVAILABLE, str(error))
     finally:
@@ -276,10 +370,12 @@ def _may_administer() -> bool:
     return False
 
 
-async def _daemon(settings: Config, store: Store, *, verbose: bool) -> None:
+async def _daemon(settings: Config, store: Store, arguments: argparse.Namespace) -> None:
     from ublkwatch.daemon import Daemon  # noqa: PLC0415 - see _run()
 
-    stop = asyncio.Event()
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    daemon = Daemon(settings, store, partial(config.load, arguments.config))
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await Daemon(settings, store).run(stop, verbose=verbose)
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+    await daemon.run(stop, verbose=arguments.verbose)

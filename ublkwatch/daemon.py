@@ -11,23 +11,30 @@ import os
 import random
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from ublkwatch import admin, discover, log, server, status
 from ublkwatch.async_ring import AsyncRing
-from ublkwatch.care import Care
+from ublkwatch.care import Care, Origin
 from ublkwatch.config import Config
 from ublkwatch.ctrl import CtrlError, UblkCtrl
 from ublkwatch.ctrl_worker import Workers
-from ublkwatch.events import Asked, Transition
+from ublkwatch.desk import Desk
+from ublkwatch.events import Transition
+from ublkwatch.kept import Kept
+from ublkwatch.lanes import Lanes
 from ublkwatch.launch import Launcher, start_worker
+from ublkwatch.library import Library, known_servers
 from ublkwatch.metrics import Metrics, Page
-from ublkwatch.model import Generation, Phase, ServerId
+from ublkwatch.model import DevInfo, Generation, Phase, Reason, ServerId
 from ublkwatch.monitor import Monitor
 from ublkwatch.perform import Edges
+from ublkwatch.rules import Unmanaged
+from ublkwatch.settings import ConfigError
 from ublkwatch.store import Store
+from ublkwatch.trust import check_executable
 from ublkwatch.uapi import DevFlags
 
 _log = logging.getLogger("ublkwatch")
@@ -47,58 +54,22 @@ class UnavailableError(Exception):
         self.permission = permission
 
 
-@dataclass
-class Desk:
-    """Where operators' orders come in: each one is handed on, logged and remembered."""
-
-    monitor: Monitor
-    remember: Callable[[dict[str, Any]], None]
-    clock: Callable[[], float] = time.monotonic
-    wall: Callable[[], float] = time.time
-
-    async def take(self, request: admin.Request, peer: admin.Peer) -> str:
-        """Return why an order is refused, or "" once the machine has taken it."""
-        until = self.clock() + request.for_s if request.for_s is not None else None
-        by = peer.saying(request.reason)
-        taken = "interrupted, and it may be taken yet"
-        try:
-            refusal = await self.monitor.order(request.dev_id, Asked(request.order, by, until))
-            taken = f"refused: {refusal}" if refusal else "taken"
-            return refusal
-        finally:
-            self._note(request, peer, taken)
-
-    def _note(self, request: admin.Request, peer: admin.Peer, taken: str) -> None:
-        order, dev_id = request.order.value, request.dev_id
-        for_s = "" if request.for_s is None else f" for {request.for_s:g} s"
-        exe = f" ({peer.exe})" if peer.exe else ""
-        why = f", because of {request.reason!r}" if request.reason else ""
-        _log.warning("ublk %d: %s%s, asked by %s%s%s: %s",
-                     dev_id, order, for_s, peer, exe, why, taken)  # fmt: skip
-        self.remember(
-            {
-                "kind": "order",
-                "dev_id": dev_id,
-                "at": self.wall(),
-                "order": order,
-                "for_s": request.for_s,
-                "reason": request.reason,
-                "uid": peer.uid,
-                "pid": peer.pid,
-                "exe": peer.exe,
-                "result": taken,
-            }
-        )
-
-
 class Daemon:
     """One run of the supervisor."""
 
     def __init__(
-        self, settings: Config, store: Store, wrap: Callable[[Edges], Edges] = lambda edges: edges
+        self,
+        settings: Config,
+        store: Store,
+        load: Callable[[], Config],
+        wrap: Callable[[Edges], Edges] = lambda edges: edges,
     ) -> None:
-        """``wrap`` may put something between the monitor and its edges, as tests do."""
+        """``load`` reads the configuration anew.
+
+        ``wrap`` may put something between the monitor and its edges, as tests do.
+        """
         self._wrap = wrap
+        self._load = load
         self._settings = settings
         self._store = store
         self._dirty = asyncio.Event()
@@ -123,7 +94,12 @@ class Daemon:
         boot_id = server.read_boot_id()
         workers = Workers(start_worker)
         servers = server.Servers(boot_id, self._server_exited)
-        launcher = Launcher(self._settings.runtime_dir, self._ready)
+        launcher = Launcher(self._settings.runtime_dir, self._ready, kind=self._settings.launcher)
+        self._generation = Generation.of(features)
+        settings = self._settings
+        self._library = Library(
+            settings, self._store, known_servers, check_executable, self._generation
+        )
         edges = Edges(
             ctrl=ctrl,
             workers=workers,
@@ -138,19 +114,20 @@ class Daemon:
             clock=time.monotonic,
             wall=time.time,
             chance=random.random,
+            origin=server.origin,
+            care=self._find_care,
+            kept=Kept(settings.runtime_dir),
+            lanes=Lanes(settings.starts_at_once),
         )
-        self._generation = Generation.of(features)
-        settings = self._settings
         self._monitor = Monitor(
             self._wrap(edges),
             replace(settings.policy, generation=self._generation),
-            {dev_id: _under(care, self._generation) for dev_id, care in settings.cares.items()},
             self._store.load_records(),
             self._store.load_specs(),
         )
         self._metrics = Metrics(self._monitor.records, lambda: workers.retired)
         page = Page(self._metrics)
-        desk = Desk(self._monitor, self._remember)
+        desk = Desk(self._monitor, self._library, self.reload, self._remember)
         door = admin.Admin(self._settings.runtime_dir, desk.take)
         try:
             await _prepare(workers)
@@ -185,6 +162,23 @@ class Daemon:
         await asyncio.to_thread(self._drain_history)
         _log.info("stopped; the servers live on")
 
+    def reload(self) -> str:
+        """Read the configuration anew; return why it was not taken: then the old one goes on."""
+        try:
+            settings = self._load()
+        except ConfigError as error:
+            _log.error("configuration not reloaded, the old one goes on: %s", error)
+            return str(error)
+        late = self._library.reload(settings)
+        self._monitor.reconsider()
+        hint = f"; takes effect when ublkwatch is restarted: {', '.join(late)}" if late else ""
+        _log.info("configuration reloaded%s", hint)
+        return ""
+
+    async def _find_care(self, info: DevInfo, origin: Origin | None) -> Care | Unmanaged:
+        # In a thread: profiles look at files, whose file system may be slow.
+        return await asyncio.to_thread(self._library.find, info, origin)
+
     # --- news from the edges ---------------------------------------------------------------------
 
     def _server_exited(self, process: ServerId) -> None:
@@ -201,6 +195,7 @@ class Daemon:
         self._dirty.set()
         before, after = transition.before.phase, transition.after.phase
         gave_up = after is Phase.FAILED and before is not Phase.FAILED
+        gave_up |= transition.after.reason is Reason.DELEGATE_DELETED and after is Phase.GONE
         if gave_up or (before, after) == (Phase.PROBATION, Phase.WATCHING):
             self._remember(_history_entry(transition))
 
@@ -277,11 +272,6 @@ class Daemon:
         except OSError as error:
             path = self._settings.runtime_dir / admin.NAME
             raise UnavailableError(f"{path}: {error}; choose another runtime_dir") from error
-
-
-def _under(care: Care, generation: Generation) -> Care:
-    """Let a device's policy know the kernel's kind."""
-    return replace(care, policy=replace(care.policy, generation=generation))
 
 
 def _open_ring() -> AsyncRing:

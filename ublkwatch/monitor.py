@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from ublkwatch import orders, recovery
 from ublkwatch.attempt import ATTEMPTING
-from ublkwatch.care import Care, Spec
+from ublkwatch.care import Care, Origin, Spec
 from ublkwatch.events import (
     Asked,
     Event,
@@ -29,9 +29,11 @@ from ublkwatch.events import (
     Transition,
     Woken,
 )
-from ublkwatch.model import DevInfo, Phase, Policy, Reason, Record, ServerId
-from ublkwatch.perform import Edges, Performer, tag_of
+from ublkwatch.model import Phase, Policy, Reason, Record, ServerId
+from ublkwatch.perform import Edges, Performer
+from ublkwatch.starts import tag_of
 from ublkwatch.uapi import DevState
+from ublkwatch.who import Who
 
 _log = logging.getLogger("ublkwatch")
 
@@ -56,21 +58,18 @@ class Monitor:
         self,
         edges: Edges,
         policy: Policy,
-        cares: dict[int, Care],
         records: dict[int, Record],
         specs: dict[int, Spec],
     ) -> None:
         """Begin with what a former life left; ``policy`` is for devices that have no care."""
         self._edges = edges
-        self._policy = policy
-        self._cares = cares
+        self._who = Who(edges, policy, specs)
         self._former = records
-        self._specs = specs
         self._records: dict[int, Record] = {}
         self._inbox: asyncio.Queue[tuple[int, Event | _DiskAgain]] = asyncio.Queue()
         self._timers: dict[int, asyncio.TimerHandle] = {}
         self._unsaved: dict[int, deque[Event]] = {}  # facts that wait for the disk, in their order
-        self._performer = Performer(edges, cares, specs, self)
+        self._performer = Performer(edges, specs, self)
         self._waiting: dict[int, asyncio.Future[str]] = {}  # for an order to be taken, by its id()
         self._shutting_down = False
         self._unreadable: dict[int, int | None] = {}  # by device: what GET_DEV_INFO failed with
@@ -87,15 +86,21 @@ class Monitor:
 
     def policy(self, dev_id: int) -> Policy:
         """Return the policy of one device, with what is true of it just now."""
-        spec, record = self._specs.get(dev_id), self._records.get(dev_id)
-        care = self._cares.get(dev_id)
-        return replace(
-            care.policy if care else self._policy,
-            has_spec=care is not None,
-            seen_live=bool(spec and record and spec.instance == record.instance),
-            shutting_down=self._shutting_down,
-            chance=self._edges.chance(),
-        )
+        policy = self._who.policy(dev_id, self._records.get(dev_id), self._edges.chance())
+        return replace(policy, shutting_down=self._shutting_down)
+
+    def care(self, dev_id: int) -> Care | None:
+        """Return whose care the device is in, if anybody's."""
+        return self._who.care(dev_id)
+
+    def origin(self, record: Record) -> Origin | None:
+        """Return what the device's server is, or was when the device was LIVE."""
+        return self._who.origin(record)
+
+    def reconsider(self) -> None:
+        """Ask anew in whose care each device is: rules have come or gone."""
+        self._who.reconsider()
+        self.look()
 
     def ask(self, dev_id: int, asked: Asked) -> str:
         """Take an operator's order; return why it is refused, or "" when it is taken up."""
@@ -123,15 +128,19 @@ class Monitor:
 
     def server_exited(self, server: ServerId) -> None:
         """Take the news of a watched process's end."""
+        ask = self._edges.launcher.must_ask(server.pid)
         how, code = self._edges.launcher.how_ended(server.pid)
         for record in self.records():
-            if server in (record.server, record.candidate):
+            if ask and server == record.candidate:
+                self._performer.spawn(record.dev_id, self._performer.ends.tell_end(record, server))
+            elif server in (record.server, record.candidate):
                 words = self._edges.launcher.last_words(tag_of(record))
                 said = f"{how}: {words}" if words and server == record.candidate else how
                 self.post(record.dev_id, ServerExited(server, said, code))
 
     def ready(self, tag: str) -> None:
         """Take the news that an attempt's server waits for its line."""
+        self._performer.ready(tag)
         for record in self.records():
             if tag_of(record) == tag:
                 self.post(record.dev_id, Ready(record.seq))
@@ -286,6 +295,8 @@ class Monitor:
         if timer := self._timers.pop(dev_id, None):
             timer.cancel()
         self._unsaved.pop(dev_id, None)
+        self._who.forget(dev_id)
+        self._edges.kept.drop(dev_id)
         self._edges.store.drop_record(dev_id)
 
     def _arm(self, record: Record) -> None:
@@ -348,8 +359,7 @@ class Monitor:
                 self._abandon_former(dev_id)
                 return None  # added and not started yet, or stopped: no disk, nothing to keep alive
             record = await self._meet(dev_id, instance)
-        server = self._identify(info, record)
-        return InfoRead(info, instance or record.instance, server)
+        return InfoRead(info, instance or record.instance, await self._who.serves(info, record))
 
     async def _meet(self, dev_id: int, instance: str) -> Record:
         former = self._former.get(dev_id)
@@ -359,12 +369,11 @@ class Monitor:
             self._records[dev_id] = record
             return record
         del self._former[dev_id]
-        tag = tag_of(former)
-        found = await asyncio.to_thread(self._edges.servers.tagged, tag)
+        found = await self._performer.ends.find(tag_of(former))
         node = f"/dev/ublkc{dev_id}"
         candidates = [server for server in found if server != former.server]
         candidates.sort(key=lambda server: not self._edges.holds(server.pid, node))
-        self._edges.launcher.listen(tag)
+        self._edges.launcher.listen(tag_of(former))
         self._records[dev_id] = former
         self.post(dev_id, Resumed(candidates[0] if candidates else None))
         return former
@@ -375,21 +384,7 @@ class Monitor:
         if former is not None:
             self._edges.store.drop_record(dev_id)
             if former.phase in ATTEMPTING:
-                self._performer.spawn(dev_id, self._edges.servers.end_tagged(tag_of(former)))
-
-    def _identify(self, info: DevInfo, record: Record) -> ServerId | None:
-        """Return the process that ublksrv_pid names, if it lives and really is the server.
-
-        The number alone proves nothing: Linux before 6.17 stores what the server claimed.
-        """
-        if record.phase is not Phase.OBSERVED:
-            for known in (record.server, record.candidate):
-                if known is not None and known.pid == info.ublksrv_pid:
-                    return known  # watched by pidfd: its end would have been told
-        server = self._edges.servers.identify(info.ublksrv_pid)
-        if server and self._edges.holds(server.pid, f"/dev/ublkc{info.dev_id}"):
-            return server
-        return None
+                self._performer.spawn(dev_id, self._performer.ends.end(tag_of(former)))
 
 
 def _lasting(record: Record) -> Record:

@@ -10,20 +10,19 @@ import asyncio
 import errno
 import json
 import logging
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from ublkwatch.care import Care, Job, Spec
+from ublkwatch import ends, starts
+from ublkwatch.care import Care, Origin, Spec, filled
 from ublkwatch.events import (
-    AttemptOver,
     Cancel,
     Decide,
     Decided,
     Effect,
     EndAttempt,
     EndReplied,
-    Event,
     FindHolders,
     FindServer,
     HoldersFound,
@@ -32,9 +31,7 @@ from ublkwatch.events import (
     SendEnd,
     SendStart,
     SendStop,
-    ServerFound,
     Spawn,
-    Spawned,
     SpawnFailed,
     StartReplied,
     StopReplied,
@@ -42,7 +39,10 @@ from ublkwatch.events import (
     Watch,
     WriteLine,
 )
-from ublkwatch.model import DevInfo, Policy, QueueConfig, Record, ServerId
+from ublkwatch.lanes import Lanes
+from ublkwatch.model import DevInfo, QueueConfig, Record
+from ublkwatch.rules import Unmanaged
+from ublkwatch.starts import about, tag_of
 
 _log = logging.getLogger("ublkwatch")
 
@@ -65,29 +65,12 @@ class Workers(Protocol):
     def cancel(self, key: str) -> None: ...
 
 
-class Servers(Protocol):
-    """server.Servers."""
-
-    def identify(self, pid: int) -> ServerId | None: ...
-    def watch(self, server: ServerId) -> None: ...
-    def kill(self, server: ServerId) -> None: ...
-    def tagged(self, tag: str) -> list[ServerId]: ...
-    async def end_tagged(self, tag: str) -> None: ...
-
-
-class Launcher(Protocol):
+class Launcher(starts.Launcher, ends.Launcher, Protocol):
     """launch.Launcher."""
 
-    async def start(self, tag: str, job: Job) -> int: ...
     def listen(self, tag: str) -> None: ...
     def write_line(self, tag: str, line: str) -> None: ...
-    def unread(self, tag: str) -> bool: ...
-    def how_ended(self, pid: int) -> tuple[str, int | None]: ...
-    async def decide(
-        self, command: tuple[str, ...], about: dict[str, str], timeout_s: float
-    ) -> tuple[str, int | None]: ...
     async def shutting_down(self) -> bool: ...
-    def last_words(self, tag: str) -> str: ...
     def keep_only(self, tags: set[str]) -> None: ...
     def trim(self) -> None: ...
 
@@ -106,26 +89,29 @@ class Edges:
 
     ctrl: Ctrl
     workers: Workers
-    servers: Servers
+    servers: ends.Servers
     launcher: Launcher
     store: Store
     dev_ids: Callable[[], set[int]]
     instance: Callable[[int], str | None]
     holds: Callable[[int, str], bool]
-    holders: Callable[[str], str]
+    holders: Callable[[str], tuple[bool, str]]  # nobody? and in words
     publish: Callable[[Transition], None]
     clock: Callable[[], float]
     wall: Callable[[], float]
     chance: Callable[[], float]
+    origin: Callable[[int], Origin | None]
+    care: Callable[[DevInfo, Origin | None], Awaitable[Care | Unmanaged]]
+    kept: starts.Kept
+    lanes: Lanes
 
 
-class Caller(Protocol):
+class Caller(ends.Caller, Protocol):
     """monitor.Monitor, as far as the performer speaks to it."""
 
-    def post(self, dev_id: int, event: Event) -> None: ...
     def quarantine(self, dev_id: int, error: BaseException) -> None: ...
     async def read(self, dev_id: int) -> None: ...
-    def policy(self, dev_id: int) -> Policy: ...
+    def origin(self, record: Record) -> Origin | None: ...
 
 
 class Performer:
@@ -134,26 +120,37 @@ class Performer:
     def __init__(
         self,
         edges: Edges,
-        cares: dict[int, Care],
         specs: dict[int, Spec],
         monitor: Caller,
     ) -> None:
         """Work for ``monitor``; ``specs`` grows as devices are learnt."""
         self._edges = edges
-        self._cares = cares
         self._specs = specs
         self._monitor = monitor
         self._tasks: set[asyncio.Task[None]] = set()
-        self._current: dict[int, str] = {}  # the attempt, by device, whose server may be started
-        self._forks: dict[int, asyncio.Lock] = {}  # held while a server is being started
-        self._ending: set[str] = set()  # attempts whose processes are being ended just now
+        self.ends = ends.Ends(
+            launcher=edges.launcher,
+            servers=edges.servers,
+            kept=edges.kept,
+            holds=edges.holds,
+            fork=lambda dev_id: self._starts.fork(dev_id),  # noqa: PLW0108 - which is made below
+            monitor=monitor,
+        )
+        self._starts = starts.Starts(
+            launcher=edges.launcher,
+            identify=edges.servers.identify,
+            autopsy=self.ends.autopsy,
+            kept=edges.kept,
+            lanes=edges.lanes,
+            monitor=monitor,
+        )
         self._learning: dict[int, asyncio.Lock] = {}
         self._works: dict[type[Effect], Callable[[Record], Coroutine[Any, Any, None]]] = {
             Spawn: self._start_server,
             SendStart: self._send_start,
             FindHolders: self._find_holders,
-            FindServer: self._find_server,
-            EndAttempt: self._end_attempt,
+            FindServer: self.ends.find_server,
+            EndAttempt: self.ends.end_attempt,
             SendStop: self._send_stop,
             Decide: self._decide,
         }
@@ -172,7 +169,7 @@ class Performer:
             case Watch():
                 edges.servers.watch(effect.server)
             case Kill():
-                edges.servers.kill(effect.server)
+                self.ends.kill(record, effect)
             case Cancel():  # a task, like what it cancels: which so is sent first
                 self.spawn(dev_id, self._cancel(tag))
             case WriteLine():
@@ -185,9 +182,9 @@ class Performer:
                 self.spawn(dev_id, self._send_end(record, effect.pid))
             case _:
                 if isinstance(effect, Spawn):
-                    self._current[dev_id] = tag
+                    self._starts.expect(dev_id, tag)
                 elif isinstance(effect, EndAttempt):
-                    self._current.pop(dev_id, None)
+                    self._starts.forbid(dev_id)
                 self.spawn(dev_id, self._works[type(effect)](record))
 
     def spawn(self, dev_id: int, work: Coroutine[Any, Any, None]) -> None:
@@ -204,28 +201,16 @@ class Performer:
     async def _cancel(self, tag: str) -> None:
         self._edges.workers.cancel(tag)
 
+    def ready(self, tag: str) -> None:
+        """Take it that an attempt's server said READY=1."""
+        self._starts.ready(tag)
+
     async def _start_server(self, record: Record) -> None:
-        dev_id, seq, tag = record.dev_id, record.seq, tag_of(record)
         try:
             await self._learn(record)
-            async with self._fork(dev_id):
-                if self._current.get(dev_id) != tag:
-                    return  # the attempt has ended meanwhile
-                job = Job(f"ublkb{dev_id}", self._cares[dev_id].command)
-                pid = await self._edges.launcher.start(tag, job)
+            await self._starts.start(record, tag_of(record), self._specs.get(record.dev_id))
         except OSError as error:
-            self._monitor.post(dev_id, SpawnFailed(seq, str(error)))
-            return
-        server = self._edges.servers.identify(pid)
-        if server is None:
-            how, _ = self._edges.launcher.how_ended(pid)
-            words = self._edges.launcher.last_words(tag)
-            self._monitor.post(dev_id, SpawnFailed(seq, f"{how}: {words}" if words else how))
-        else:
-            self._monitor.post(dev_id, Spawned(seq, server))
-
-    def _fork(self, dev_id: int) -> asyncio.Lock:
-        return self._forks.setdefault(dev_id, asyncio.Lock())
+            self._monitor.post(record.dev_id, SpawnFailed(record.seq, str(error)))
 
     async def learn_early(self, record: Record) -> None:
         try:
@@ -239,26 +224,37 @@ class Performer:
             await self._learn_alone(record)
 
     async def _learn_alone(self, record: Record) -> None:
+        """Learn it, and what its server was, which another one may have changed."""
         spec, info = self._specs.get(record.dev_id), record.info
-        care = self._cares.get(record.dev_id)
-        if info is None or care is None or (spec and spec.instance == record.instance):
+        care, origin = self._monitor.care(record.dev_id), self._monitor.origin(record)
+        if info is None or care is None:
             return
+        if care.keep:
+            files = filled(care.keep, starts.values(record.dev_id, care, None))
+            await asyncio.to_thread(self._edges.kept.keep, record.dev_id, files)
+        if spec is None or spec.instance != record.instance:
+            spec = Spec(record.dev_id, record.instance, await self._read_queue(info), origin)
+        elif origin is None or spec.origin == origin:
+            return
+        else:
+            spec = replace(spec, origin=origin)
+        self._specs[record.dev_id] = spec
+        try:
+            await asyncio.to_thread(self._edges.store.save_spec, spec)
+        except OSError as error:
+            _log.warning("ublk %d: spec not saved: %s", record.dev_id, error)
+
+    async def _read_queue(self, info: DevInfo) -> QueueConfig:
         answer = await self._edges.workers.call(
-            "GET_PARAMS", record.dev_id, f"params {record.dev_id}", timeout_s=_PARAMS_TIMEOUT_S
+            "GET_PARAMS", info.dev_id, f"params {info.dev_id}", timeout_s=_PARAMS_TIMEOUT_S
         )
-        queue = QueueConfig(
+        return QueueConfig(
             nr_hw_queues=info.nr_hw_queues,
             queue_depth=info.queue_depth,
             max_io_buf_bytes=info.max_io_buf_bytes,
             flags=int(info.flags),
             params=answer["params"],
         )
-        spec = Spec(record.dev_id, record.instance, queue)
-        self._specs[record.dev_id] = spec
-        try:
-            await asyncio.to_thread(self._edges.store.save_spec, spec)
-        except OSError as error:
-            _log.warning("ublk %d: spec not saved: %s", record.dev_id, error)
 
     async def _send_start(self, record: Record) -> None:
         busy_s = self._monitor.policy(record.dev_id).start_timeout_s
@@ -278,19 +274,13 @@ class Performer:
         self._monitor.post(record.dev_id, StopReplied(record.seq, error))
 
     async def _decide(self, record: Record) -> None:
-        care = self._cares.get(record.dev_id)
+        care = self._monitor.care(record.dev_id)
         if care is None or not care.decider:
             self._monitor.post(record.dev_id, Decided(record.seq, None, "none is configured"))
             return
-        about = {
-            "UBLKWATCH_DEVICE": f"ublkb{record.dev_id}",
-            "UBLKWATCH_DEV_ID": str(record.dev_id),
-            "UBLKWATCH_REASON": record.reason.name if record.reason else "",
-            "UBLKWATCH_DETAIL": record.detail,
-            "UBLKWATCH_ATTEMPTS": str(record.attempts),
-        }
+        command = filled(care.decider, starts.values(record.dev_id, care, None))
         how, code = await self._edges.launcher.decide(
-            care.decider, about, care.policy.exec_timeout_s
+            command, about(record), care.policy.exec_timeout_s
         )
         self._monitor.post(record.dev_id, Decided(record.seq, code, how))
 
@@ -332,32 +322,6 @@ class Performer:
             _log.error("ublk %d: line of attempt %d: %s", record.dev_id, record.seq, error)
 
     async def _find_holders(self, record: Record) -> None:
-        who = await asyncio.to_thread(self._edges.holders, f"/dev/ublkc{record.dev_id}")
-        self._monitor.post(record.dev_id, HoldersFound(record.seq, who))
-
-    async def _find_server(self, record: Record) -> None:
-        node, tag = f"/dev/ublkc{record.dev_id}", tag_of(record)
-        found = await asyncio.to_thread(self._edges.servers.tagged, tag)
-        holding = [server for server in found if self._edges.holds(server.pid, node)]
-        self._monitor.post(record.dev_id, ServerFound(record.seq, holding[0] if holding else None))
-
-    async def _end_attempt(self, record: Record) -> None:
-        tag = tag_of(record)
-        if tag in self._ending:  # the machine asks again and again; a search is going on already
-            return
-        self._ending.add(tag)
-        try:
-            async with asyncio.timeout(self._monitor.policy(record.dev_id).stop_timeout_s):
-                async with self._fork(record.dev_id):  # a server that is just being started
-                    await self._edges.servers.end_tagged(tag)
-            unread = self._edges.launcher.unread(tag)
-            self._monitor.post(record.dev_id, AttemptOver(record.seq, unread))
-        except TimeoutError:
-            pass  # the machine's own deadline speaks of it
-        finally:
-            self._ending.discard(tag)
-
-
-def tag_of(record: Record) -> str:
-    """Name an attempt so that no other of this boot is called the same."""
-    return f"{record.dev_id}-{record.instance.rpartition('/')[2]}-{record.seq}"
+        began, node = self._edges.clock(), f"/dev/ublkc{record.dev_id}"
+        free, who = await asyncio.to_thread(self._edges.holders, node)
+        self._monitor.post(record.dev_id, HoldersFound(record.seq, who, free, began))

@@ -17,12 +17,54 @@ from pathlib import Path
 
 import psutil
 
+from ublkwatch.care import Origin
 from ublkwatch.model import TAG_VARIABLE, ServerId
 
 
 def read_boot_id() -> str:
     """Return the kernel's name for this boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def origin(pid: int) -> Origin | None:
+    """Return what a process is, for another one in its place; None where it is gone.
+
+    What may not be read is left empty.
+    """
+    home = Path(f"/proc/{pid}")
+    try:
+        status = (home / "status").read_text()
+        exe, name = "", (home / "comm").read_text().rstrip("\n")
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):
+        exe = str((home / "exe").readlink())
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    return Origin(
+        exe=exe,
+        name=name,
+        uid=int(fields["Uid"].split()[1]),
+        gid=int(fields["Gid"].split()[1]),
+        groups=tuple(int(gid) for gid in fields["Groups"].split()),
+        cgroup=_cgroup(home),
+        foreign_ns=_namespace(home) != _namespace(Path("/proc/self")),
+    )
+
+
+def _namespace(home: Path) -> str:
+    try:
+        return str((home / "ns/pid").readlink())
+    except OSError:
+        return ""
+
+
+def _cgroup(home: Path) -> str:
+    """Return its path in the unified hierarchy (cgroups(7))."""
+    with contextlib.suppress(OSError):
+        for line in (home / "cgroup").read_text().splitlines():
+            if line.startswith("0::"):
+                return line[3:]
+    return ""
 
 
 class Servers:
@@ -131,16 +173,19 @@ def holds(pid: int, node: str) -> bool:
     return False
 
 
-def holders(node: str) -> str:
-    """Name the processes that have that device node open, for people; slow, for a thread."""
+def holders(node: str) -> tuple[bool, str]:
+    """Tell whether no process is seen to have that device node open, and in words which have.
+
+    Slow, for a thread.
+    """
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if holds(process.pid, node):
                 found.append(f"{process.pid} ({process.name()})")
     if not found:
-        return f"no visible holder of {node}"
-    return f"{node} is held by process {', '.join(found[:8])}"
+        return True, f"no visible holder of {node}"
+    return False, f"{node} is held by process {', '.join(found[:8])}"
 
 
 def _start_ticks(pid: int) -> int | None:

@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
+from enum import Enum
 from typing import Any
 
 from ublkwatch.model import DevInfo, Generation, Phase, Policy, Reason, Record, RecoveryMode
 from ublkwatch.uapi import DevFlags, DevState
 
 SCHEMA_VERSION = 1
+
+# What a policy says that no operator chose.
+_TRUTHS = {"generation", "has_spec", "seen_live", "shutting_down", "chance"} | {
+    "hands_off",
+    "hands_off_why",
+}
 
 # What the device's flags mean for a program that does I/O while the server is away.
 PROMISE = {
@@ -93,7 +101,33 @@ def _device(record: Record, policy: Policy, now: float, offset: float) -> dict[s
         "held_by": record.held_by or None,
         "give_up_at": None if record.give_up_at is None else record.give_up_at + offset,
         "stopped": record.stopped,
+        "care": policy_document(policy) if policy.has_spec else None,
     }
+
+
+_PLAIN = Policy()
+
+
+def policy_document(policy: Policy) -> dict[str, Any]:
+    """Return what an operator chose for a device, as far as it differs from the defaults."""
+    return {
+        field.name: _plain(getattr(policy, field.name))
+        for field in fields(Policy)
+        if field.name not in _TRUTHS and getattr(policy, field.name) != getattr(_PLAIN, field.name)
+    }
+
+
+def policy_from(care: dict[str, Any] | None) -> Policy:
+    """Return the policy that policy_document() has written; None: nobody's care."""
+    kinds = {field.name: type(getattr(_PLAIN, field.name)) for field in fields(Policy)}
+    known = {key: kinds[key](value) for key, value in (care or {}).items() if key in kinds}
+    return replace(_PLAIN, has_spec=care is not None, **known)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, frozenset):
+        return sorted(value)
+    return value.value if isinstance(value, Enum) else value
 
 
 def info_from(device: dict[str, Any]) -> DevInfo | None:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,14 @@ class Store:
         """Make the directories where missing, and take the lock; StoreError when that fails."""
         self._records = runtime_dir / "records"
         self._specs = state_dir / "specs"
+        self._registered = state_dir / "registered"
         self._runtime_dir = runtime_dir
         for directory, mode in (
             (runtime_dir, 0o755),
             (self._records, 0o700),
             (state_dir, 0o700),
             (self._specs, 0o700),
+            (self._registered, 0o700),
         ):
             try:
                 directory.mkdir(mode=mode, parents=True, exist_ok=True)
@@ -96,6 +98,19 @@ class Store:
         """Return what was kept; a file that cannot be understood is set aside."""
         return {spec.dev_id: spec for spec in self._load(self._specs, _decode_spec)}
 
+    def save_registration(self, name: str, table: Mapping[str, Any]) -> None:
+        """Keep what an operator has registered; OSError when it could not be written."""
+        content = {"version": _VERSION, "name": name, "table": dict(table)}
+        replace_file(self._registered / f"{name}.json", json.dumps(content, indent=2))
+
+    def drop_registration(self, name: str) -> None:
+        """Remove it; OSError when that is impossible."""
+        (self._registered / f"{name}.json").unlink(missing_ok=True)
+
+    def load_registrations(self) -> dict[str, dict[str, Any]]:
+        """Return what was registered; a file that cannot be understood is set aside."""
+        return dict(self._load(self._registered, _decode_registration))
+
     def add_history(self, entry: dict[str, Any]) -> None:
         """Append an entry, of a "kind", to the history, which forgets its oldest; for a thread."""
         with contextlib.closing(sqlite3.connect(self._history, timeout=10)) as db, db:
@@ -136,6 +151,31 @@ class Store:
                 _log.error("%s cannot be understood (%r); set aside as %s", path, error, aside)
 
 
+def lock_host(
+    path: Path = Path("/proc/1/ns/uts"), else_path: Path = Path("/proc/self/ns/uts")
+) -> int:
+    """Take the lock that only one ublkwatch of a host can have, whatever its directories are.
+
+    The name space of process 1 is one file for all who see that process, also from a container
+    that has directories of its own; it is there as long as the host is. Who may not look at that
+    process (no CAP_SYS_PTRACE) takes what is most often the same. Returns the descriptor that
+    holds the lock. StoreError: another one runs.
+    """
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        lock = os.open(else_path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise StoreError(
+            "another ublkwatch runs on this host, with other directories; two of them would start "
+            "two servers for one device: stop it first"
+        ) from None
+    return lock
+
+
 def read_record(runtime_dir: Path, dev_id: int) -> Record | None:
     """Return a device's record as it was last saved, or None; for who only wants to look.
 
@@ -153,6 +193,21 @@ def read_record(runtime_dir: Path, dev_id: int) -> Record | None:
     except _GARBAGE as error:
         raise StoreError(f"{path} cannot be understood ({error!r})") from error
     return record
+
+
+def read_registrations(state_dir: Path) -> dict[str, dict[str, Any]]:
+    """Return what operators have registered; for who only wants to look. PermissionError."""
+    found = {}
+    for path in sorted((state_dir / "registered").glob("*.json")):
+        try:
+            content = json.loads(path.read_text())
+            name, table = _decode_registration(content, content.pop("version"))
+            found[name] = table
+        except PermissionError:
+            raise
+        except _GARBAGE as error:
+            _log.error("%s cannot be understood (%r)", path, error)
+    return found
 
 
 def replace_file(path: Path, content: str, mode: int = 0o600) -> None:
@@ -192,6 +247,14 @@ def _decode_record(content: dict[str, Any], version: int) -> Record:
             "marks": tuple((name, at) for name, at in content["marks"]),
         }
     )
+
+
+def _decode_registration(content: dict[str, Any], version: int) -> tuple[str, dict[str, Any]]:
+    _check_version(version)
+    name, table = content["name"], content["table"]
+    if not isinstance(name, str) or not isinstance(table, dict):
+        raise TypeError("no name with a table")
+    return name, table
 
 
 def _check_version(version: int, known: int = _VERSION) -> None:

@@ -82,7 +82,7 @@ def main() -> None:
     async def run() -> None:
         settings = config.load(path)
         store = Store(settings.runtime_dir, settings.state_dir)
-        await Daemon(settings, store, wrap).run(asyncio.Event(), verbose=False)
+        await Daemon(settings, store, lambda: settings, wrap).run(asyncio.Event(), verbose=False)
 
     asyncio.run(run())
 

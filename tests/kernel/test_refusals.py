@@ -96,6 +96,11 @@ def test_a_second_ublkwatch(config: Path) -> None:
         code, line = run(config)
         assert code == cli.EXIT_STATE
         assert "another ublkwatch runs here" in line
+        text = config.read_text().replace("/run", "/other run").replace("/state", "/other state")
+        config.write_text(text)
+        code, line = run(config)
+        assert code == cli.EXIT_STATE
+        assert "another ublkwatch runs on this host" in line
     finally:
         first.kill()
         first.communicate()

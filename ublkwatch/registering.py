@@ -1,0 +1,112 @@
+"""The verbs about rules: register, registered, unregister, reload.
+
+What an operator types becomes a table such as the configuration has, and goes to the daemon that
+runs; where none does, it is kept for the one that will.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ublkwatch import admin, tables
+from ublkwatch.config import Config
+from ublkwatch.library import Library
+from ublkwatch.settings import CARE, MATCHES, OPTIONS, RECOVERY, ConfigError
+from ublkwatch.store import Store
+from ublkwatch.trust import check_executable
+
+
+def change_of(arguments: Any) -> admin.Change:
+    """Return what `register` asks for; ConfigError names the option that is wrong."""
+    table = _table(arguments)
+    name = arguments.name or (f"ublkb{arguments.dev_id}" if "dev_id" in table else "")
+    if not name:
+        raise ConfigError("--name: is missing; a rule for many devices needs one")
+    return admin.Change("register", name, table, arguments.reason)
+
+
+def _table(arguments: Any) -> dict[str, Any]:
+    options = vars(arguments)
+    found: dict[str, Any] = {}
+    for key in ("dev_id", *MATCHES, *OPTIONS):
+        if (value := options[key]) is not None:
+            found[key] = _typed(key, value)
+    if "dev_id" in found and (extra := found.keys() & set(MATCHES)):
+        raise ConfigError(f"--{min(extra)}: says nothing beside a device; leave one of them out")
+    if arguments.accept_delete_on_failure:
+        found["accept_delete_on_failure"] = True
+    found |= _pairs(arguments.policy, "policy", RECOVERY.keys())
+    found |= _pairs(arguments.more, "set", CARE.keys())
+    for option, key in (("env", "env"), ("limit", "limits")):
+        if pairs := dict(_split(text, option) for text in options[option]):
+            found[key] = pairs
+    if arguments.command:
+        found["command"] = list(arguments.command)
+    return found
+
+
+def _typed(key: str, value: Any) -> Any:
+    if key == "tag":
+        try:
+            return int(value, 0)
+        except ValueError:
+            raise ConfigError(f"--tag: {value!r} is no number") from None
+    return value
+
+
+def _pairs(texts: Iterable[str], option: str, keys: Iterable[str]) -> dict[str, Any]:
+    """Understand KEY=VALUE, the value as TOML has it, or a plain word."""
+    found = {}
+    for text in texts:
+        key, value = _split(text, option)
+        if key not in keys:
+            raise ConfigError(f"--{option} {key}: unknown key; known are {', '.join(sorted(keys))}")
+        try:
+            found[key] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            found[key] = value
+    return found
+
+
+def _split(text: str, option: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise ConfigError(f"--{option}: {text!r} is not KEY=VALUE")
+    return key, value
+
+
+def offline(settings: Config, change: admin.Change) -> str:
+    """Change what is kept while no daemon runs; return why that is refused, or "".
+
+    StoreError: the directories cannot be used. ConfigError, OSError: as Library.register() says.
+    """
+    store = Store(settings.runtime_dir, settings.state_dir)
+    try:
+        library = Library(settings, store, lambda _: lambda _info, _origin: None, check_executable)
+        if change.verb == "register":
+            library.register(change.name, change.table)
+        elif not library.unregister(change.name):
+            return f"{change.name}: nothing is registered by this name"
+    finally:
+        store.close()
+    return ""
+
+
+def listing(registered: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> str:
+    """Return the registrations, for people or for programs."""
+    if as_json:
+        return json.dumps(registered, indent=2, sort_keys=True)
+    lines = []
+    for name, each in sorted(registered.items()):
+        where = "device." if "dev_id" in each else "server."
+        try:
+            rule = tables.rule(each, {}, f"registration {name}", where)
+        except ConfigError as error:
+            lines.append(f"{name}: not used: {error}")
+            continue
+        command = " ".join(rule.care.command) or f"unit {rule.care.run.unit}"
+        lines.append(f"{name}: {rule.match}: {rule.care.policy.handoff.value}: {command}")
+    return "\n".join(lines) or "nothing is registered"

@@ -1,0 +1,91 @@
+"""Who serves a device, and in whose care it is, by what /proc and the rules say of its server.
+
+A part of the shell. What is found holds for one life of the device, and until another process
+serves it or the rules change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from zlib import crc32
+
+from ublkwatch.care import Care, Origin, Spec
+from ublkwatch.model import DevInfo, Phase, Policy, Record, ServerId
+from ublkwatch.perform import Edges
+from ublkwatch.rules import Unmanaged
+
+
+class Who:
+    """The servers' origins, and the devices' cares."""
+
+    def __init__(self, edges: Edges, policy: Policy, specs: dict[int, Spec]) -> None:
+        """``policy`` is for devices in nobody's care; ``specs`` grows as devices are learnt."""
+        self._edges = edges
+        self._policy = policy
+        self._specs = specs
+        self._cares: dict[int, Care | Unmanaged] = {}
+        self._origins: dict[int, tuple[ServerId, Origin | None]] = {}
+        self._stale: set[int] = set()  # devices about which the rules are asked at the next look
+
+    async def serves(self, info: DevInfo, record: Record) -> ServerId | None:
+        """Return the process that ublksrv_pid names, if it lives and really is the server."""
+        dev_id, server = info.dev_id, self._identify(info, record)
+        seen = self._origins.get(dev_id)
+        ours = server in (record.server, record.candidate)  # what we know, or have started
+        new = server is not None and not ours and (seen is None or seen[0] != server)
+        if server is not None and new:
+            self._origins[dev_id] = (server, self._edges.origin(server.pid))
+        if new or dev_id in self._stale or dev_id not in self._cares:
+            self._stale.discard(dev_id)
+            self._cares[dev_id] = await self._edges.care(info, self.origin(record))
+        return server
+
+    def care(self, dev_id: int) -> Care | None:
+        """Return whose care the device is in, if anybody's."""
+        care = self._cares.get(dev_id)
+        return care if isinstance(care, Care) else None
+
+    def policy(self, dev_id: int, record: Record | None, chance: float) -> Policy:
+        """Return the policy of one device, with what is true of it just now."""
+        care, spec = self._cares.get(dev_id, Unmanaged()), self._specs.get(dev_id)
+        seen_live = bool(spec and record and spec.instance == record.instance)
+        if isinstance(care, Unmanaged):
+            return replace(
+                self._policy,
+                has_spec=False,
+                hands_off=care.reason,
+                hands_off_why=care.detail,
+                seen_live=seen_live,
+                chance=chance,
+            )
+        if care.group and record:  # whose devices must not drift apart
+            chance = crc32(f"{care.group} {record.attempts}".encode()) / (1 << 32)
+        return replace(care.policy, has_spec=True, seen_live=seen_live, chance=chance)
+
+    def origin(self, record: Record) -> Origin | None:
+        """Return what the device's server is, or was when the device was LIVE."""
+        if (seen := self._origins.get(record.dev_id)) is not None:
+            return seen[1]
+        spec = self._specs.get(record.dev_id)
+        return spec.origin if spec and spec.instance == record.instance else None
+
+    def reconsider(self) -> None:
+        """Ask the rules anew, at the next look; the cares of now hold until then."""
+        self._stale.update(self._cares)
+
+    def forget(self, dev_id: int) -> None:
+        """Take it that the device is gone: the next one of its number is another."""
+        self._cares.pop(dev_id, None)
+        self._origins.pop(dev_id, None)
+        self._stale.discard(dev_id)
+
+    def _identify(self, info: DevInfo, record: Record) -> ServerId | None:
+        """Do not believe the number alone: Linux before 6.17 stores what the server claimed."""
+        if record.phase is not Phase.OBSERVED:
+            for known in (record.server, record.candidate):
+                if known is not None and known.pid == info.ublksrv_pid:
+                    return known  # watched by pidfd: its end would have been told
+        server = self._edges.servers.identify(info.ublksrv_pid)
+        if server and self._edges.holds(server.pid, f"/dev/ublkc{info.dev_id}"):
+            return server
+        return None
