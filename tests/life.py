@@ -53,7 +53,6 @@ class Life:
             dev_ids=world.driver.dev_ids,
             instance=self.instance,
             holds=self.holds,
-            holders=self.holders,
             publish=self.publish,
             clock=clock,
             wall=clock,
@@ -226,12 +225,12 @@ class Life:
         if process is not None:
             process.end()
 
-    def tagged(self, tag: str) -> list[ServerId]:
+    async def tagged(self, tag: str) -> list[ServerId]:
         return [process.id for process in self.world.processes.alive() if process.tag == tag]
 
     async def end_tagged(self, tag: str) -> None:
         self._before("end attempt")
-        while strays := self.tagged(tag):
+        while strays := await self.tagged(tag):
             for server in strays:
                 self._kill(server)
             await asyncio.sleep(0.02)
@@ -249,7 +248,7 @@ class Life:
             for file in process.files
         )
 
-    def holders(self, node: str) -> tuple[bool, str]:
+    async def holders(self, node: str) -> tuple[bool, str]:
         holding = [who for who in self.world.processes.alive() if self.holds(who.pid, node)]
         if not holding:
             return True, f"no holder of {node}"

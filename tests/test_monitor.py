@@ -67,7 +67,6 @@ class World:
             dev_ids=self.dev_ids,
             instance=lambda _: "boot/1",
             holds=lambda _pid, _node: True,
-            holders=lambda node: (True, f"no visible holder of {node}"),
             publish=self.transitions.append,
             clock=clock,
             wall=clock,
@@ -131,14 +130,17 @@ class World:
         self.alive.pop(server.pid, None)
         self.watch(server)
 
-    def tagged(self, tag: str) -> list[ServerId]:
+    async def tagged(self, tag: str) -> list[ServerId]:
         del tag
         return [server for server in self.alive.values() if server != FIRST]
 
     async def end_tagged(self, tag: str) -> None:
         self.diary.append(f"end {tag}")
-        for server in self.tagged(tag):
+        for server in await self.tagged(tag):
             self.kill(server)
+
+    async def holders(self, node: str) -> tuple[bool, str]:
+        return True, f"no visible holder of {node}"
 
     async def care_of(self, info: DevInfo, origin: Origin | None) -> Care | Unmanaged:
         self.asked.append((info.dev_id, origin))

@@ -176,7 +176,7 @@ def test_a_whole_family_is_found_by_its_tag_and_ended() -> None:
     async def work(servers: Servers, _reported: list[ServerId]) -> None:
         with child(FAMILY, tag=TAG) as (process, last), child(tag=TAG + "0") as (other, _):
             try:
-                found = await asyncio.to_thread(servers.tagged, TAG)
+                found = await servers.tagged(TAG)
                 assert {server.pid for server in found} == {process.pid, int(last)}
                 await servers.end_tagged(TAG)
                 assert process.wait() == -9

@@ -109,7 +109,6 @@ class Daemon:
             dev_ids=discover.dev_ids,
             instance=partial(discover.instance, boot_id=boot_id),
             holds=server.holds,
-            holders=server.holders,
             publish=self._publish,
             clock=time.monotonic,
             wall=time.time,

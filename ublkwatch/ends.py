@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ublkwatch.care import Care, filled
 from ublkwatch.events import AttemptOver, AttemptShared, Kill, ServerExited, ServerFound
-from ublkwatch.model import Phase, Policy, Record, ServerId
+from ublkwatch.model import Generation, Phase, Policy, Record, ServerId
 from ublkwatch.starts import Caller as Poster
 from ublkwatch.starts import Kept, tag_of, values
 
@@ -36,7 +36,8 @@ class Servers(Protocol):
     def identify(self, pid: int) -> ServerId | None: ...
     def watch(self, server: ServerId) -> None: ...
     def kill(self, server: ServerId) -> None: ...
-    def tagged(self, tag: str) -> list[ServerId]: ...
+    async def tagged(self, tag: str) -> list[ServerId]: ...
+    async def holders(self, node: str) -> tuple[bool, str]: ...
     async def end_tagged(self, tag: str) -> None: ...
 
 
@@ -71,7 +72,7 @@ class Ends:
     async def find(self, tag: str) -> list[ServerId]:
         """Find the processes of an attempt: by its tag, and in its control group."""
         servers = self._servers
-        found = await asyncio.to_thread(servers.tagged, self._launcher.root(tag))
+        found = await servers.tagged(self._launcher.root(tag))
         grouped = (servers.identify(pid) for pid in sorted(self._launcher.pids(tag)))
         return [*found, *(server for server in grouped if server and server not in found)]
 
@@ -109,7 +110,8 @@ class Ends:
 
     def kill(self, record: Record, effect: Kill) -> None:
         """SIGKILL a process, unless others are to be spared."""
-        beside = [r for r in self._fine_beside(record) if r.server == effect.server]
+        served = self._fine_beside(record)
+        beside = [r for r in served if effect.server in (r.server, r.candidate)]
         if effect.sparing is None or not beside:
             self._servers.kill(effect.server)
         else:
@@ -119,11 +121,16 @@ class Ends:
         """Tell whether the attempt's process serves others, which are not to suffer."""
         root_of = self._launcher.root
         beside = [r for r in self._fine_beside(record) if root_of(tag_of(r)) == root]
-        server = beside[0].server if beside else None
-        return _shared(record.seq, server, beside) if server else None
+        server = (beside[0].server or beside[0].candidate) if beside else None
+        if server is None or self._servers.identify(server.pid) != server:
+            return None
+        return _shared(record.seq, server, beside)
 
     def _fine_beside(self, record: Record) -> list[Record]:
-        fine = (Phase.WATCHING, Phase.PROBATION)
+        """Return the other devices that would suffer: on G2 those that attach just now, too."""
+        fine = {Phase.WATCHING, Phase.PROBATION}
+        if self._monitor.policy(record.dev_id).generation is Generation.G2:
+            fine.add(Phase.ATTACHING)
         others = [r for r in self._monitor.records() if r.dev_id != record.dev_id]
         return [other for other in others if other.phase in fine]
 

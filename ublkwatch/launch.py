@@ -24,6 +24,7 @@ from ublkwatch.fork import ForkStarter, how
 from ublkwatch.homes import Homes
 from ublkwatch.identity import Identity, UserError, resolve
 from ublkwatch.model import TAG_VARIABLE
+from ublkwatch.together import Together
 from ublkwatch.units import UnitStarter
 
 _log = logging.getLogger("ublkwatch")
@@ -53,9 +54,7 @@ class Launcher:
         ``groups`` is the control group for those of forked servers; as a rule our own.
         """
         self._systemd = systemd
-        self._asking = asyncio.Lock()
-        self._asked = 0  # questions about the host's end, ever
-        self._ending = False  # the last answer
+        self._shutdown = Together(self._ask_systemd)
         self._kind = kind
         self._homes = Homes(runtime_dir, ready)
         self._fork = ForkStarter(groups or cgroup.own())
@@ -208,17 +207,8 @@ class Launcher:
             return f"killed after {timeout_s:g} s", None
 
     async def shutting_down(self) -> bool:
-        """Tell whether the host shuts down, as systemd says; where it does not run, nobody does.
-
-        Many devices may be lost at once: whoever comes while a question is open shares the next one
-        with all others, since the open one may have been answered before what he saw.
-        """
-        came = self._asked
-        async with self._asking:
-            if self._asked == came:
-                self._asked += 1
-                self._ending = await self._ask_systemd()
-            return self._ending
+        """Tell whether the host shuts down, as systemd says; where it does not run, nobody does."""
+        return await self._shutdown.ask()
 
     async def _ask_systemd(self) -> bool:
         try:

@@ -69,7 +69,7 @@ def _round_over(record: Record) -> Record:
 
 def _on_live(record: Record, server: ServerId | None, now: float, policy: Policy) -> Step:
     match record.phase:
-        case Phase.OBSERVED | Phase.WATCHING if (why := verdict.hands_off(record, policy)):
+        case Phase.OBSERVED | Phase.WATCHING if why := verdict.hands_off(record, policy):
             return _hands_off(record, why, now, policy), ()
         case Phase.OBSERVED if server:
             return adopt(record, server, now)

@@ -95,7 +95,6 @@ class Edges:
     dev_ids: Callable[[], set[int]]
     instance: Callable[[int], str | None]
     holds: Callable[[int, str], bool]
-    holders: Callable[[str], tuple[bool, str]]  # nobody? and in words
     publish: Callable[[Transition], None]
     clock: Callable[[], float]
     wall: Callable[[], float]
@@ -323,5 +322,5 @@ class Performer:
 
     async def _find_holders(self, record: Record) -> None:
         began, node = self._edges.clock(), f"/dev/ublkc{record.dev_id}"
-        free, who = await asyncio.to_thread(self._edges.holders, node)
+        free, who = await self._edges.servers.holders(node)
         self._monitor.post(record.dev_id, HoldersFound(record.seq, who, free, began))

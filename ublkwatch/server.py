@@ -19,6 +19,9 @@ import psutil
 
 from ublkwatch.care import Origin
 from ublkwatch.model import TAG_VARIABLE, ServerId
+from ublkwatch.together import Together
+
+_NODE = "/dev/ublkc"
 
 
 def read_boot_id() -> str:
@@ -78,6 +81,8 @@ class Servers:
         self._pidfds: dict[ServerId, int] = {}
         # Of their own: a slow search must not keep a server from being started.
         self._searches = ThreadPoolExecutor(2, thread_name_prefix="search")
+        self._tags = Together(self._look_for_tags)
+        self._nodes = Together(self._look_for_nodes)
 
     def identify(self, pid: int) -> ServerId | None:
         """Return who ``pid`` is now, or None where there is no such process or it has ended.
@@ -115,23 +120,43 @@ class Servers:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
-    def tagged(self, tag: str) -> list[ServerId]:
-        """Find the processes of an attempt by the tag in their environment; slow, for a thread."""
-        found = []
+    async def tagged(self, tag: str) -> list[ServerId]:
+        """Find the processes of an attempt by the tag in their environment; slow."""
+        return (await self._tags.ask()).get(tag, [])
+
+    async def end_tagged(self, tag: str) -> None:
+        """SIGKILL the processes of an attempt, until there are none; the caller bounds the wait."""
+        while strays := await self.tagged(tag):
+            for server in strays:
+                self.kill(server)
+            await asyncio.sleep(0.02)
+
+    async def holders(self, node: str) -> tuple[bool, str]:
+        """Tell whether no process is seen to have that device node open, and in words which have.
+
+        Slow. The node itself is not touched.
+        """
+        pids = (await self._nodes.ask()).get(node)
+        if not pids:
+            return True, f"no visible holder of {node}"
+        names = ", ".join(f"{pid} ({_name(pid)})" for pid in sorted(pids)[:8])
+        return False, f"{node} is held by process {names}"
+
+    async def _look_for_tags(self) -> dict[str, list[ServerId]]:
+        return await self._loop.run_in_executor(self._searches, self._all_tagged)
+
+    async def _look_for_nodes(self) -> dict[str, set[int]]:
+        return await self._loop.run_in_executor(self._searches, _open_nodes)
+
+    def _all_tagged(self) -> dict[str, list[ServerId]]:
+        found: dict[str, list[ServerId]] = {}
         for process in psutil.process_iter():
             # Identified first: should the pid be reused in between, kill() finds nobody.
             server = self.identify(process.pid)
             with contextlib.suppress(psutil.Error, OSError):
-                if server and process.environ().get(TAG_VARIABLE) == tag:
-                    found.append(server)
+                if server and (tag := process.environ().get(TAG_VARIABLE)):
+                    found.setdefault(tag, []).append(server)
         return found
-
-    async def end_tagged(self, tag: str) -> None:
-        """SIGKILL the processes of an attempt, until there are none; the caller bounds the wait."""
-        while strays := await self._loop.run_in_executor(self._searches, self.tagged, tag):
-            for server in strays:
-                self.kill(server)
-            await asyncio.sleep(0.02)
 
     def close(self) -> None:
         """Stop watching; the processes live on."""
@@ -162,30 +187,36 @@ class Servers:
 
 def holds(pid: int, node: str) -> bool:
     """Tell whether the process has that device node open, without touching the node."""
+    return node in _files(pid)
+
+
+def _open_nodes() -> dict[str, set[int]]:
+    """Return which processes have which character device of ublk open."""
+    found: dict[str, set[int]] = {}
+    for entry in os.listdir("/proc"):  # noqa: PTH208 - thousands of files: objects take too long
+        if entry.isdigit():
+            for file in _files(int(entry)):
+                if file.startswith(_NODE):
+                    found.setdefault(file, set()).add(int(entry))
+    return found
+
+
+def _files(pid: int) -> set[str]:
+    """Return the names of the files that a process has open; none of those that we may not see."""
+    home, found = f"/proc/{pid}/fd", set()
     try:
-        descriptors = list(Path(f"/proc/{pid}/fd").iterdir())
+        for entry in os.listdir(home):  # noqa: PTH208 - as above
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(f"{home}/{entry}"))  # noqa: PTH115 - as above
     except OSError:
-        return False
-    for descriptor in descriptors:
-        with contextlib.suppress(OSError):
-            if str(descriptor.readlink()) == node:
-                return True
-    return False
+        return set()
+    return found
 
 
-def holders(node: str) -> tuple[bool, str]:
-    """Tell whether no process is seen to have that device node open, and in words which have.
-
-    Slow, for a thread.
-    """
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if holds(process.pid, node):
-                found.append(f"{process.pid} ({process.name()})")
-    if not found:
-        return True, f"no visible holder of {node}"
-    return False, f"{node} is held by process {', '.join(found[:8])}"
+def _name(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+    return "?"
 
 
 def _start_ticks(pid: int) -> int | None:

@@ -14,6 +14,8 @@ from ublkwatch.model import DevInfo, Phase, Policy, Record, ServerId
 from ublkwatch.perform import Edges
 from ublkwatch.rules import Unmanaged
 
+_TRYING = {Phase.DRAINING, Phase.STARTING, Phase.ATTACHING, Phase.STOPPING, Phase.PROBATION}
+
 
 class Who:
     """The servers' origins, and the devices' cares."""
@@ -35,7 +37,10 @@ class Who:
         new = server is not None and not ours and (seen is None or seen[0] != server)
         if server is not None and new:
             self._origins[dev_id] = (server, self._edges.origin(server.pid))
-        if new or dev_id in self._stale or dev_id not in self._cares:
+            self._stale.add(dev_id)
+        # An attempt goes on as it was begun: another hand-off amid it could wedge a G2 device.
+        stale = dev_id in self._stale and record.phase not in _TRYING
+        if stale or dev_id not in self._cares:
             self._stale.discard(dev_id)
             self._cares[dev_id] = await self._edges.care(info, self.origin(record))
         return server

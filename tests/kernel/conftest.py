@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import psutil
 import pytest
+from headers import include_directory
 from supervisor import SERVER, Supervisor
 
 from ublkwatch.async_ring import AsyncRing
@@ -355,7 +356,7 @@ class Servers:
         It leaves no run file unless asked to: most tests are about what a configuration says.
         """
         file = str(self._directory / f"{kind}-{{dev_id}}")
-        return ["--target", kind, "--file", file, "--run-dir", ""]
+        return ["--target", kind, "--file", file, "--run-dir="]
 
     def end(self) -> None:
         """Kill the servers, then remove every device that is there."""
@@ -398,6 +399,19 @@ def server(
     fio.kill()  # before the devices go, or it would report their end as errors ...
     servers.end()
     fio.reap()  # ... and after, since even a killed one waits for its requests
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples/attach.c"
+
+
+@pytest.fixture(scope="session")
+def attach(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the program of the attach contract's example in C."""
+    program = tmp_path_factory.mktemp("example") / "attach"
+    options = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-pthread"]
+    headers = ["-I", str(include_directory())]
+    subprocess.run(["cc", *options, *headers, "-o", program, EXAMPLE], check=True)
+    return program
 
 
 # --- load ----------------------------------------------------------------------------------------
@@ -543,7 +557,10 @@ def watch(tmp_path: Path, server: Servers) -> Iterator[Callable[..., Supervisor]
     started: list[Supervisor] = []
 
     def start(
-        targets: dict[int, str | list[str]], recovery: str = "", command: tuple[str, ...] = ()
+        targets: dict[int, str | list[str]],
+        recovery: str = "",
+        command: tuple[str, ...] = (),
+        top: str = "",
     ) -> Supervisor:
         home = tmp_path / f"ublkwatch-{len(started)}"
         home.mkdir()
@@ -551,7 +568,7 @@ def watch(tmp_path: Path, server: Servers) -> Iterator[Callable[..., Supervisor]
             dev_id: [*SERVER, *(server.target(kind) if isinstance(kind, str) else kind)]
             for dev_id, kind in targets.items()
         }
-        started.append(Supervisor(home, commands, recovery, command))
+        started.append(Supervisor(home, commands, recovery, command, top))
         return started[-1].start()
 
     yield start

@@ -46,6 +46,7 @@ class Supervisor:
         commands: dict[int, list[str]],
         recovery: str = "",
         command: tuple[str, ...] = (),
+        top: str = "",
     ) -> None:
         """``command`` is what is run instead of `ublkwatch run --config`, as long as it is set."""
         self.home = home
@@ -54,7 +55,7 @@ class Supervisor:
         self.command = command
         self.proc: subprocess.Popen[bytes] | None = None
         self.config.write_text(
-            f'runtime_dir = "{home}/run"\nstate_dir = "{home}/state"\npoll_interval_s = 0.5\n'
+            f'runtime_dir = "{home}/run"\nstate_dir = "{home}/state"\npoll_interval_s = 0.5\n{top}\n'
             f"[metrics]\nport = 0\n[recovery]\nprobation_s = 0.3\n{recovery}\n"
             + "".join(
                 f"[[device]]\ndev_id = {dev_id}\ncommand = {json.dumps(command)}\n"
@@ -75,6 +76,17 @@ class Supervisor:
         self.proc.terminate()
         assert self.proc.wait(DEADLINE_S) == 0, self.said()
         self.proc = None
+
+    def reload(self) -> None:
+        """SIGHUP."""
+        assert self.proc is not None
+        self.proc.send_signal(signal.SIGHUP)
+
+    def order(self, verb: str, *words: str) -> None:
+        """Run another verb of ublkwatch's; it must succeed."""
+        command = [*UBLKWATCH, verb, "--config", str(self.config), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr + self.said()
 
     def kill(self) -> None:
         if self.proc is not None:

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from headers import include_directory
 from supervisor import Supervisor
 
 if TYPE_CHECKING:
     from conftest import Control, Load, Servers
 
     Watch = Callable[..., Supervisor]
-
-SOURCE = Path(__file__).parents[2] / "examples/attach.c"
-
-
-@pytest.fixture(scope="module")
-def attach(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the example's program."""
-    program = tmp_path_factory.mktemp("example") / "attach"
-    options = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-pthread"]
-    headers = ["-I", str(include_directory())]
-    subprocess.run(["cc", *options, *headers, "-o", program, SOURCE], check=True)
-    return program
 
 
 @pytest.mark.timeout(300)
