@@ -135,7 +135,7 @@ def test_the_placeholders_are_filled_from_what_the_kernel_said() -> None:
         keep=("/run/{dev_id}.pid",),
     )
     play(lambda: host.wish(lost(3)))
-    command = ("/s", "3 /dev/ublkc3", "2x64", "4096", "ublkb3", "{}")
+    command = ("/s", "3", "/dev/ublkc3", "2x64", "4096", "ublkb3", "{}")
     run = Run(env=(("DISK", "3"),), unit="x@3.service", user="u")
     assert host.jobs == {"3-13-1": Job("ublkb3", command, run, ORIGIN)}
     assert host.restored == [(3, ("/run/3.pid",))]

@@ -55,8 +55,8 @@ class Supervisor:
         self.command = command
         self.proc: subprocess.Popen[bytes] | None = None
         self.config.write_text(
-            f'runtime_dir = "{home}/run"\nstate_dir = "{home}/state"\npoll_interval_s = 0.5\n{top}\n'
-            f"[metrics]\nport = 0\n[recovery]\nprobation_s = 0.3\n{recovery}\n"
+            f'runtime_dir = "{home}/run"\nstate_dir = "{home}/state"\npoll_interval_s = 0.5\n'
+            f"{top}\n[metrics]\nport = 0\n[recovery]\nprobation_s = 0.3\n{recovery}\n"
             + "".join(
                 f"[[device]]\ndev_id = {dev_id}\ncommand = {json.dumps(command)}\n"
                 for dev_id, command in commands.items()
