@@ -16,6 +16,8 @@ import psutil
 import pytest
 from supervisor import Supervisor, tagged
 
+from ublkwatch.profiles import RUN_FILES
+
 if TYPE_CHECKING:
     from conftest import Control, Load, Servers
 
@@ -191,8 +193,9 @@ def test_a_device_is_registered_while_we_run_and_by_its_profile(
     server: Servers, watch: Watch, control: Control, attach: Path
 ) -> None:
     """Side by side: one by hand, one by what its server left, one by nobody."""
+    RUN_FILES.mkdir(exist_ok=True)
     reference = server(0)
-    profiled = server(1, more=("--run-dir", "/run/ublk-servers"))
+    profiled = server(1, more=("--run-dir", str(RUN_FILES)))
     nobodys = server(2)
     supervisor = watch({}, top=TOP)
     supervisor.watching(1)
