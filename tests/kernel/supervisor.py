@@ -132,7 +132,7 @@ class Supervisor:
                 return now
             if self.proc is not None and self.proc.poll() is not None:
                 break
-            time.sleep(0.02)
+            time.sleep(0.05)
         pytest.fail(f"{what}: {self.device(dev_id)}\n{self.said()}")
 
     def until_gone(self, dev_id: int = 0) -> None:
@@ -141,7 +141,7 @@ class Supervisor:
         while time.monotonic() < deadline:
             if "written_at" in self.status() and self.device(dev_id) is None:
                 return
-            time.sleep(0.02)
+            time.sleep(0.05)
         pytest.fail(f"ublk {dev_id} is still shown: {self.device(dev_id)}\n{self.said()}")
 
     def until_said(self, text: str) -> None:
@@ -167,7 +167,7 @@ class Supervisor:
         while not condition():
             if time.monotonic() > deadline:
                 pytest.fail(f"not in time: {what}\n{self.said()}")
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     def watching(self, dev_id: int = 0) -> dict[str, Any]:
         return self.until(f"ublk {dev_id} watched", dev_id, phase="watching", state="LIVE")
