@@ -27,7 +27,7 @@ KERNEL_TESTS_S = 2700
 # In a guest that has nothing else servers are our children; where systemd is process 1, its units.
 _PLAIN = ("--ignore=tests/kernel/systemd", "tests/kernel")
 _MANY = "tests/kernel/test_many.py"  # long: once for each launcher, once on each kernel
-GUESTS = {
+GUESTS: dict[str, dict[str, tuple[str, ...]]] = {
     "lts": {"busybox": _PLAIN},
     "new": {
         "busybox": (f"--ignore={_MANY}", *_PLAIN),

@@ -55,7 +55,7 @@ LAYERS: dict[str, set[str]] = {
     "launch": {
         *("care", "cgroup", "fork", "homes", "identity", "model", "together", "trust", "units"),
     },
-    "store": {"care", "model"},
+    "store": {"care", "model", "trust"},
     "trust": set(),
     "config": {"model", "rules", "settings", "tables", "trust"},
     "profiles": {"care", "model", "traits"},

@@ -13,7 +13,7 @@ from test_rules import INFO, ORIGIN
 
 from ublkwatch import config
 from ublkwatch.care import Care
-from ublkwatch.library import Library
+from ublkwatch.library import Library, known_servers
 from ublkwatch.model import Generation, Reason
 from ublkwatch.rules import Unmanaged
 from ublkwatch.settings import ConfigError
@@ -103,6 +103,54 @@ def test_what_others_can_write_is_not_run(store: Store, tmp_path: Path) -> None:
     script.chmod(0o777)
     with pytest.raises(OSError, match=f"chmod go-w {script}"):
         library(store).register("x", TABLE | {"command": [str(script)]})
+
+
+def test_what_became_unsafe_is_said_before_it_is_needed_and_what_is_missing_is_not_forgotten(
+    store: Store, tmp_path: Path
+) -> None:
+    script = tmp_path / "server"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    books = library(store)
+    books.register("x", TABLE | {"command": [str(script)]})
+    script.chmod(0o777)
+    why = books.find(INFO, ORIGIN)
+    assert isinstance(why, Unmanaged)
+    assert (why.reason, f"chmod go-w {script}" in why.detail) == (Reason.UNTRUSTED, True)
+    script.unlink()
+    assert found(books).command == (str(script),)
+
+
+def test_a_registration_that_others_could_write_is_set_aside(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    library(store).register("x", TABLE)
+    path = tmp_path / "lib/registered/x.json"
+    path.chmod(0o666)
+    assert library(store).registered() == {}
+    assert f"chmod go-w {path}" in caplog.text
+    assert path.with_suffix(".bad").exists()
+
+
+def test_a_server_that_somebody_else_restarts_is_only_reported() -> None:
+    settings = config.parse(b'ignore = ["mine@*.service"]', "t.toml")
+    for origin, says in (
+        (replace(ORIGIN, cgroup="/system.slice/mine@3.service"), "which `ignore` names"),
+        (replace(ORIGIN, cgroup="/kubepods.slice/pod1"), "its server runs in a container"),
+        (replace(ORIGIN, foreign_ns=True), "its server runs in a container"),
+    ):
+        found = known_servers(settings)(INFO, origin)
+        assert isinstance(found, Unmanaged)
+        assert found.reason is Reason.FOREIGN
+        assert says in found.detail
+
+
+def test_a_server_that_nobody_knows_is_shown_with_the_command_that_registers_it() -> None:
+    for text in (b"", b"profiles = false"):
+        unknown = replace(ORIGIN, exe="/usr/bin/mine", name="mine")
+        found = known_servers(config.parse(text, "t.toml"))(INFO, unknown)
+        assert isinstance(found, Unmanaged)
+        assert "`ublkwatch register 3 -- /usr/bin/mine ARGUMENT...`" in found.detail
 
 
 def test_a_broken_registration_is_set_aside_and_the_others_work(

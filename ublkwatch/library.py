@@ -18,7 +18,7 @@ from ublkwatch.config import Config
 from ublkwatch.model import DevInfo, Generation, Reason
 from ublkwatch.rules import Book, Profiles, Rule, Unmanaged, ordered
 from ublkwatch.settings import ConfigError
-from ublkwatch.trust import check_executable, open_trusted
+from ublkwatch.trust import TrustError, check_executable, open_trusted
 
 _log = logging.getLogger("ublkwatch")
 
@@ -62,6 +62,12 @@ class Library:
         found = self._book.find(info, origin)
         if isinstance(found, Unmanaged):
             return found
+        try:  # said now, and not when the server is lost; what is missing may come yet
+            self._judge(found)
+        except TrustError as error:
+            return Unmanaged(Reason.UNTRUSTED, str(error))
+        except OSError as error:
+            _log.warning("ublk %d: its server cannot be started just now: %s", info.dev_id, error)
         return replace(found, policy=replace(found.policy, generation=self._generation))
 
     def reload(self, settings: Config) -> list[str]:
@@ -87,9 +93,7 @@ class Library:
                     f"{other.care.source} names ublkb{rule.match.dev_id} already, and comes first; "
                     "change it there"
                 )
-        for words in (rule.care.command, rule.care.hook, rule.care.decider):
-            if words:
-                self._check(Path(words[0]))
+        self._judge(rule.care)
         self._store.save_registration(name, table)
         self._tables[name] = dict(table)
         self._install(self.settings)
@@ -107,6 +111,11 @@ class Library:
     def names_of(self, dev_id: int) -> list[str]:
         """Return the registrations that name this device."""
         return [name for name, table in self._tables.items() if table.get("dev_id") == dev_id]
+
+    def _judge(self, care: Care) -> None:
+        for words in (care.command, care.hook, care.decider):
+            if words:
+                self._check(Path(words[0]))
 
     def _install(self, settings: Config) -> None:
         rules = list(settings.rules)

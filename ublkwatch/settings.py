@@ -157,7 +157,7 @@ MATCHES = ("exe", "process", "tag")
 OPTIONS = ("handoff", "attach", "user", "cwd", "profile", "unit", "group")
 LIMITS = frozenset(
     {
-        *("as", "core", "cpu", "data", "fsize", "locks", "memlock", "msgqueue", "nice"),
+        *("as", "core", "cpu", "data", "fsize", "memlock", "msgqueue", "nice"),
         *("nofile", "nproc", "rss", "rtprio", "rttime", "sigpending", "stack"),
     }
 )

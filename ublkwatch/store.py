@@ -20,6 +20,7 @@ from typing import Any
 
 from ublkwatch.care import Origin, Spec
 from ublkwatch.model import Armed, Phase, QueueConfig, Reason, Record, ServerId
+from ublkwatch.trust import open_trusted
 
 _VERSION = 1
 _SPEC_VERSION = 2
@@ -143,7 +144,8 @@ class Store:
     def _load(self, directory: Path, decode: Any) -> Iterator[Any]:
         for path in sorted(directory.glob("*.json")):
             try:
-                content = json.loads(path.read_text())
+                with os.fdopen(open_trusted(path)) as file:  # what root obeys is root's own
+                    content = json.loads(file.read())
                 yield decode(content, content.pop("version"))
             except _GARBAGE as error:
                 aside = path.with_suffix(".bad")

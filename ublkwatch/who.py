@@ -10,7 +10,7 @@ from dataclasses import replace
 from zlib import crc32
 
 from ublkwatch.care import Care, Origin, Spec
-from ublkwatch.model import DevInfo, Phase, Policy, Record, ServerId
+from ublkwatch.model import DevInfo, Phase, Policy, Reason, Record, ServerId
 from ublkwatch.perform import Edges
 from ublkwatch.rules import Unmanaged
 
@@ -38,6 +38,9 @@ class Who:
         if server is not None and new:
             self._origins[dev_id] = (server, self._edges.origin(server.pid))
             self._stale.add(dev_id)
+        care = self._cares.get(dev_id)
+        if isinstance(care, Unmanaged) and care.reason is Reason.UNTRUSTED:
+            self._stale.add(dev_id)  # until somebody mends what is wrong
         # An attempt goes on as it was begun: another hand-off amid it could wedge a G2 device.
         stale = dev_id in self._stale and record.phase not in _TRYING
         if stale or dev_id not in self._cares:

@@ -163,7 +163,7 @@ def test_what_must_not_be_run_is_not_and_the_device_says_why(
     theirs = tmp_path / "attach"
     theirs.write_bytes(attach.read_bytes())
     theirs.chmod(0o777)
-    server((0, 1, 2), depth=4)
+    creator = server((0, 1, 2), depth=4)
     hangs = 'pre_recover = ["/bin/sleep", "600"]\npre_recover_timeout_s = 0.5'
     supervisor = watch(
         {},
@@ -173,18 +173,19 @@ def test_what_must_not_be_run_is_not_and_the_device_says_why(
         + tables(range(2, 3), attach, more='pre_recover = ["/bin/false"]'),
         top=TOP,
     )
-    for dev_id in range(3):
+    wrong = supervisor.until("refused", 0, phase="observed", reason="UNTRUSTED")
+    assert f"chmod go-w {theirs}" in wrong["detail"]
+    for dev_id in (1, 2):
         supervisor.watching(dev_id)
 
-    supervisor.kill_server(0)
+    creator.kill()
 
-    wrong = supervisor.until("given up", 0, phase="failed", reason="SPAWN_FAILED")
-    assert f"chmod go-w {theirs}" in wrong["detail"]
     hook = supervisor.until("given up", 1, phase="failed", reason="HOOK_FAILED")
     assert "pre_recover: killed after 0.5 s" in hook["detail"]
     hook = supervisor.until("given up", 2, phase="failed", reason="HOOK_FAILED")
     assert "pre_recover: exit status 1" in hook["detail"]
     assert tagged() == set()
+    assert supervisor.until("left alone", 0, reason="UNTRUSTED")["state"] == "QUIESCED"
 
 
 def test_a_device_is_registered_while_we_run_and_by_its_profile(
