@@ -386,3 +386,22 @@ def test_what_was_never_alive_under_our_eyes_is_not_touched(state: DevState) -> 
 
     play(world, story)
     assert [entry for entry in world.diary if "save" not in entry] == []
+
+
+def test_who_serves_is_asked_for_once_and_the_rules_only_when_somebody_else_does() -> None:
+    world = World()
+
+    async def story() -> None:
+        await phase(world, Phase.WATCHING)
+        looks = world.seen.polls
+        await until(lambda: world.seen.polls > looks + 3, "it looks on")
+        assert world.asked == [(0, ORIGIN)]
+        world.origin = replace(ORIGIN, uid=7, gid=8, exe="/bin/attach", name="attach")
+        world.crash()
+        await until(lambda: world.specs[0].origin != ORIGIN, "the new server's user is learnt")
+        assert world.specs[0].origin == replace(ORIGIN, uid=7, gid=8)
+        assert world.asked == [(0, ORIGIN)]
+        world.seen.reconsider()
+        await until(lambda: len(world.asked) == 2, "the rules are asked anew")
+
+    play(world, story)

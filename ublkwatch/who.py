@@ -26,18 +26,15 @@ class Who:
         self._policy = policy
         self._specs = specs
         self._cares: dict[int, Care | Unmanaged] = {}
-        self._origins: dict[int, tuple[ServerId, Origin | None]] = {}
+        self._origins: dict[int, tuple[ServerId, Origin]] = {}
         self._stale: set[int] = set()  # devices about which the rules are asked at the next look
 
     async def serves(self, info: DevInfo, record: Record) -> ServerId | None:
         """Return the process that ublksrv_pid names, if it lives and really is the server."""
         dev_id, server = info.dev_id, self._identify(info, record)
         seen = self._origins.get(dev_id)
-        ours = server in (record.server, record.candidate)  # what we know, or have started
-        new = server is not None and not ours and (seen is None or seen[0] != server)
-        if server is not None and new:
-            self._origins[dev_id] = (server, self._edges.origin(server.pid))
-            self._stale.add(dev_id)
+        if server is not None and (seen is None or seen[0] != server):
+            self._take_in(server, record)
         care = self._cares.get(dev_id)
         if isinstance(care, Unmanaged) and care.reason is Reason.UNTRUSTED:
             self._stale.add(dev_id)  # until somebody mends what is wrong
@@ -47,6 +44,23 @@ class Who:
             self._stale.discard(dev_id)
             self._cares[dev_id] = await self._edges.care(info, self.origin(record))
         return server
+
+    def _take_in(self, server: ServerId, record: Record) -> None:
+        """Learn what a process is that we see serving for the first time.
+
+        Of one that we started only as whom it runs: by what the device is recognised stays what it
+        was, whatever program attaches in its server's place.
+        """
+        origin, before = self._edges.origin(server.pid), self.origin(record)
+        if origin is None:
+            return
+        ours = server in (record.server, record.candidate) or record.phase in _TRYING
+        if ours and before is not None:
+            user = {"uid": origin.uid, "gid": origin.gid, "groups": origin.groups}
+            origin = replace(before, **user)  # type: ignore[arg-type]
+        else:
+            self._stale.add(record.dev_id)
+        self._origins[record.dev_id] = (server, origin)
 
     def care(self, dev_id: int) -> Care | None:
         """Return whose care the device is in, if anybody's."""
