@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from supervisor import Supervisor
+from supervisor import SERVER, Supervisor
 
 if TYPE_CHECKING:
     from conftest import Control, Load, Servers
@@ -99,7 +100,8 @@ def test_a_device_whose_server_cannot_start_does_not_delay_the_other(
     server(0)
     server(1)
     broken = [*server.target("null"), "--fault-file", str(faults)]
-    supervisor = watch({0: broken, 1: "null"}, "ready_timeout_s = 8\nattempts_max = 2")
+    own = f"ready_timeout_s = 12\nattempts_max = 2\ncommand = {json.dumps([*SERVER, *broken])}"
+    supervisor = watch({1: "null"}, f"[[device]]\ndev_id = 0\n{own}")
     supervisor.watching(0)
     before = supervisor.watching(1)
     supervisor.kill_server(0)
