@@ -256,6 +256,7 @@ class Life:
 
     async def care_of(self, info: DevInfo, origin: Origin | None) -> Care | Unmanaged:
         del origin
+        await asyncio.sleep(0.001)  # rules look at files, in a thread
         return self.world.cares.get(info.dev_id, Unmanaged())
 
     # --- Kept ------------------------------------------------------------------------------------

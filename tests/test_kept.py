@@ -33,7 +33,7 @@ def test_what_was_lost_is_brought_back_as_it_was(
     status = path.stat()
     assert path.read_text() == "[1] params"
     assert (status.st_mode & 0o777, status.st_gid) == (0o640, 6)
-    assert f"ublk 3: {path} was missing, and is restored" in caplog.text
+    assert f"ublk 3: {path} is restored; it was: [Errno 2] No such file" in caplog.text
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["3.pid", "run"]
 
 
@@ -86,7 +86,19 @@ def test_what_others_have_put_into_its_place_is_not_believed(
     kept.keep(3, (str(path),))
     kept.restore(3, (str(path),))
     assert path.read_text() == "ours"
-    assert "and is restored" in caplog.text
+    assert f"{path} is restored; it was: " in caplog.text
+
+
+def test_nobody_foresees_the_name_under_which_it_is_written(tmp_path: Path, run: Path) -> None:
+    victim, path, kept = tmp_path / "victim", tmp_path / "3.pid", Kept(run)
+    victim.write_text("precious")
+    path.write_text("ours")
+    kept.keep(3, (str(path),))
+    path.unlink()
+    (tmp_path / ".3.pid.ublkwatch").symlink_to(victim)
+    kept.restore(3, (str(path),))
+    assert (path.read_text(), victim.read_text()) == ("ours", "precious")
+    assert not path.is_symlink()
 
 
 @pytest.mark.parametrize("what", ["link", "directory", "fifo", "large"])
@@ -104,7 +116,7 @@ def test_only_small_regular_files_are_kept(
         path.write_bytes(b"x" * ((1 << 20) + 1))
     kept.keep(3, (str(path),))
     assert list((run / "kept").iterdir()) == []
-    assert ("is too large" if what == "large" else "was no plain file") in caplog.text
+    assert f"{path} is not kept: " in caplog.text
 
 
 def test_what_cannot_be_kept_or_brought_back_is_said_and_harms_nobody(

@@ -51,6 +51,7 @@ class World:
     transitions: list[Transition] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
     pid: int = 200
+    instance_error: Exception | None = None
     origin: Origin = ORIGIN
     asked: list[tuple[int, Origin | None]] = field(default_factory=list)
     care: Care | Unmanaged = field(default_factory=Unmanaged)
@@ -65,7 +66,7 @@ class World:
             launcher=self,
             store=self,
             dev_ids=self.dev_ids,
-            instance=lambda _: "boot/1",
+            instance=self.instance,
             holds=lambda _pid, _node: True,
             publish=self.transitions.append,
             clock=clock,
@@ -79,6 +80,11 @@ class World:
         self.care = Care(("/bin/server",), Policy(**policy), decider=("/bin/decide",))
         self.seen = Monitor(edges, Policy(), dict(self.saved), dict(self.specs))
         return self.seen
+
+    def instance(self, _dev_id: int) -> str:
+        if self.instance_error is not None:
+            raise self.instance_error
+        return "boot/1"
 
     def dev_ids(self) -> set[int]:
         if self.blind:
@@ -144,6 +150,7 @@ class World:
 
     async def care_of(self, info: DevInfo, origin: Origin | None) -> Care | Unmanaged:
         self.asked.append((info.dev_id, origin))
+        await asyncio.sleep(0.001)  # rules look at files, in a thread
         return self.care
 
     def keep(self, dev_id: int, paths: tuple[str, ...]) -> None:
@@ -403,5 +410,46 @@ def test_who_serves_is_asked_for_once_and_the_rules_only_when_somebody_else_does
         assert world.asked == [(0, ORIGIN)]
         world.seen.reconsider()
         await until(lambda: len(world.asked) == 2, "the rules are asked anew")
+
+    play(world, story)
+
+
+def test_after_a_restart_the_rules_are_known_before_anything_is_resumed() -> None:
+    world = World()
+
+    async def first_life() -> None:
+        await phase(world, Phase.WATCHING)
+        world.crash()
+        await until(lambda: world.seen.records()[0].recoveries == 1, "it is recovered")
+
+    play(world, first_life)
+    server = world.seen.records()[0].server
+    assert server
+    attaching = replace(
+        world.saved[0], phase=Phase.ATTACHING, server=None, candidate=server, over=False, lined=True
+    )
+    world.saved[0] = attaching
+    del world.diary[:]
+
+    async def second_life() -> None:
+        await phase(world, Phase.WATCHING)
+        assert [entry for entry in world.diary if entry.startswith("end ")] == []
+        assert world.transitions[-1].after.server == server
+
+    play(world, second_life)
+
+
+def test_a_bug_over_one_device_does_not_end_the_watch_over_others() -> None:
+    world = World()
+
+    async def story() -> None:
+        await phase(world, Phase.WATCHING)
+        world.instance_error = ValueError("a bug")
+        record = await phase(world, Phase.FAILED)
+        assert (record.reason, record.detail) == (Reason.INTERNAL_ERROR, "ValueError('a bug')")
+        looks = world.seen.polls
+        await until(lambda: world.seen.polls > looks + 3, "it looks on")
+        world.instance_error = None
+        await phase(world, Phase.WATCHING)
 
     play(world, story)

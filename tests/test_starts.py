@@ -89,7 +89,7 @@ class Host:
     def post(self, dev_id: int, event: Event) -> None:
         self.posted.append((dev_id, event))
 
-    def records(self) -> list[Record]:
+    def all_records(self) -> list[Record]:
         return self.known_records
 
     def care(self, dev_id: int) -> Care | None:

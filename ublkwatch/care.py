@@ -77,19 +77,20 @@ class Job:
     origin: Origin = Origin()  # whom it runs as, where ``run.user`` says nothing
 
 
-PLACEHOLDERS = ("dev_id", "char_dev", "queues", "depth", "max_io_buf_bytes", "name")
+ALWAYS = ("dev_id", "char_dev", "name")  # others are known once the device was seen LIVE
+PLACEHOLDERS = (*ALWAYS, "queues", "depth", "max_io_buf_bytes")
 
 
-def unknown_placeholder(word: str) -> str | None:
+def unknown_placeholder(word: str, known: tuple[str, ...] = PLACEHOLDERS) -> str | None:
     """Return what is wrong with a word of an argv, or None."""
     try:
         fields = list(Formatter().parse(word))
     except ValueError as error:
         return f"{word!r}: {error}; a brace that is meant is written twice"
     for _, name, spec, conversion in fields:
-        if name is not None and (name not in PLACEHOLDERS or spec or conversion):
-            known = ", ".join(f"{{{each}}}" for each in PLACEHOLDERS)
-            return f"{word!r}: {{{name}}} is none of {known}"
+        if name is not None and (name not in known or spec or conversion):
+            names = ", ".join(f"{{{each}}}" for each in known)
+            return f"{word!r}: {{{name}}} is none of {names}"
     return None
 
 

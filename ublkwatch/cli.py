@@ -374,7 +374,9 @@ async def _daemon(settings: Config, store: Store, arguments: argparse.Namespace)
     from ublkwatch.daemon import Daemon  # noqa: PLC0415 - see _run()
 
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    daemon = Daemon(settings, store, partial(config.load, arguments.config))
+    # A file that was there, and is gone when it is read anew, does not mean: all is default.
+    path = arguments.config or (config.DEFAULT_PATH if config.DEFAULT_PATH.exists() else None)
+    daemon = Daemon(settings, store, partial(config.load, path))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, daemon.reload)

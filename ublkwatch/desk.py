@@ -47,7 +47,8 @@ class Desk:
         until = self.clock() + request.for_s if request.for_s is not None else None
         by = peer.saying(request.reason)
         refusal = await self.monitor.order(request.dev_id, Asked(request.order, by, until))
-        if request.order is Order.FORGET:
+        unknown = request.dev_id not in {record.dev_id for record in self.monitor.records()}
+        if request.order is Order.FORGET and (unknown or not refusal):
             names = self.library.names_of(request.dev_id)
             for name in names:
                 try:
@@ -68,19 +69,21 @@ class Desk:
                     return f"{change.name}: nothing is registered by this name"
                 case "register":
                     rule = self.library.register(change.name, change.table)
-                    await self._welcome_back(rule.match.dev_id)
+                    self.monitor.reconsider()
+                    return await self._welcome_back(rule.match.dev_id)
         except (ConfigError, OSError) as error:
             return str(error)
         self.monitor.reconsider()
         return ""
 
-    async def _welcome_back(self, dev_id: int | None) -> None:
+    async def _welcome_back(self, dev_id: int | None) -> str:
         """Take up a device that we were told to forget, and now to keep."""
         for record in self.monitor.records():
             live = isinstance(record.info, DevInfo) and record.info.state is DevState.LIVE
             if record.dev_id == dev_id and record.reason is Reason.FORGOTTEN and live:
-                self.monitor.reconsider()
-                await self.monitor.order(dev_id, Asked(Order.RECOVER, "registered anew"))
+                await self.monitor.refresh(dev_id)
+                return await self.monitor.order(dev_id, Asked(Order.RECOVER, "registered anew"))
+        return ""
 
     def _note(self, request: admin.Request | admin.Change, peer: admin.Peer, taken: str) -> None:
         exe = f" ({peer.exe})" if peer.exe else ""

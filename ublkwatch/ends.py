@@ -7,6 +7,8 @@ device's sake.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -15,6 +17,8 @@ from ublkwatch.events import AttemptOver, AttemptShared, Kill, ServerExited, Ser
 from ublkwatch.model import Generation, Phase, Policy, Record, ServerId
 from ublkwatch.starts import Caller as Poster
 from ublkwatch.starts import Kept, tag_of, values
+
+_log = logging.getLogger("ublkwatch")
 
 
 class Launcher(Protocol):
@@ -95,18 +99,27 @@ class Ends:
             return
         self._ending.add(tag)
         try:
-            if shared := self._shared(record, self._launcher.root(tag)):
-                self._monitor.post(record.dev_id, shared)
-                return
             async with asyncio.timeout(self._monitor.policy(record.dev_id).stop_timeout_s):
                 async with self._fork(record.dev_id):  # one that is just being started
+                    if shared := self._shared(record, self._launcher.root(tag)):
+                        self._monitor.post(record.dev_id, shared)
+                        return
                     await self.end(tag)
             await self._restore(record)
             self._monitor.post(record.dev_id, AttemptOver(record.seq, self._launcher.unread(tag)))
         except TimeoutError:
             pass  # the machine's own deadline speaks of it
+        except OSError as error:  # systemd, or its bus: the machine asks again
+            _log.warning("ublk %d: attempt %d is not ended: %s", record.dev_id, record.seq, error)
         finally:
             self._ending.discard(tag)
+
+    async def abandon(self, record: Record) -> None:
+        """End what an attempt of our former life left of a device that is gone."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._monitor.policy(record.dev_id).stop_timeout_s):
+                if self._shared(record, self._launcher.root(tag_of(record))) is None:
+                    await self.end(tag_of(record))
 
     def kill(self, record: Record, effect: Kill) -> None:
         """SIGKILL a process, unless others are to be spared."""
@@ -121,17 +134,18 @@ class Ends:
         """Tell whether the attempt's process serves others, which are not to suffer."""
         root_of = self._launcher.root
         beside = [r for r in self._fine_beside(record) if root_of(tag_of(r)) == root]
-        server = (beside[0].server or beside[0].candidate) if beside else None
-        if server is None or self._servers.identify(server.pid) != server:
-            return None
-        return _shared(record.seq, server, beside)
+        for each in beside:
+            server = each.server or each.candidate
+            if server is not None and self._servers.identify(server.pid) == server:
+                return _shared(record.seq, server, beside)
+        return None
 
     def _fine_beside(self, record: Record) -> list[Record]:
         """Return the other devices that would suffer: on G2 those that attach just now, too."""
         fine = {Phase.WATCHING, Phase.PROBATION}
         if self._monitor.policy(record.dev_id).generation is Generation.G2:
             fine.add(Phase.ATTACHING)
-        others = [r for r in self._monitor.records() if r.dev_id != record.dev_id]
+        others = [r for r in self._monitor.all_records() if r.dev_id != record.dev_id]
         return [other for other in others if other.phase in fine]
 
     async def _restore(self, record: Record) -> None:

@@ -93,6 +93,11 @@ class Library:
                     f"{other.care.source} names ublkb{rule.match.dev_id} already, and comes first; "
                     "change it there"
                 )
+        named = self.names_of(rule.match.dev_id) if rule.match.dev_id is not None else []
+        if before := [each for each in named if each != name]:
+            raise ConfigError(
+                f"ublkb{rule.match.dev_id} is registered as {before[0]} already; unregister that"
+            )
         self._judge(rule.care)
         self._store.save_registration(name, table)
         self._tables[name] = dict(table)
@@ -119,7 +124,7 @@ class Library:
 
     def _install(self, settings: Config) -> None:
         rules = list(settings.rules)
-        for name, table in self._tables.items():
+        for name, table in sorted(self._tables.items()):  # after a restart, too
             try:
                 rules.append(_rule(name, table, settings.shared))
             except ConfigError as error:

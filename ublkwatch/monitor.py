@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from ublkwatch import orders, recovery
 from ublkwatch.attempt import ATTEMPTING
-from ublkwatch.care import Care, Origin, Spec
+from ublkwatch.care import Spec
 from ublkwatch.events import (
     Asked,
     Event,
@@ -29,7 +29,7 @@ from ublkwatch.events import (
     Transition,
     Woken,
 )
-from ublkwatch.model import Phase, Policy, Reason, Record, ServerId
+from ublkwatch.model import DevInfo, Phase, Policy, Reason, Record, ServerId
 from ublkwatch.perform import Edges, Performer
 from ublkwatch.starts import tag_of
 from ublkwatch.uapi import DevState
@@ -63,12 +63,13 @@ class Monitor:
     ) -> None:
         """Begin with what a former life left; ``policy`` is for devices that have no care."""
         self._edges = edges
-        self._who = Who(edges, policy, specs)
         self._former = records
         self._records: dict[int, Record] = {}
         self._inbox: asyncio.Queue[tuple[int, Event | _DiskAgain]] = asyncio.Queue()
         self._timers: dict[int, asyncio.TimerHandle] = {}
         self._unsaved: dict[int, deque[Event]] = {}  # facts that wait for the disk, in their order
+        self._who = Who(edges, policy, specs, self._records.get)
+        self.care, self.origin = self._who.care, self._who.origin
         self._performer = Performer(edges, specs, self)
         self._waiting: dict[int, asyncio.Future[str]] = {}  # for an order to be taken, by its id()
         self._shutting_down = False
@@ -84,18 +85,19 @@ class Monitor:
         """Return the devices as they are known now; those that are stopped are none."""
         return list(self._records.values())
 
+    def all_records(self) -> list[Record]:
+        """Return all devices of which there is a record, those of a former life, too."""
+        return [*self._records.values(), *self._former.values()]
+
     def policy(self, dev_id: int) -> Policy:
         """Return the policy of one device, with what is true of it just now."""
         policy = self._who.policy(dev_id, self._records.get(dev_id), self._edges.chance())
         return replace(policy, shutting_down=self._shutting_down)
 
-    def care(self, dev_id: int) -> Care | None:
-        """Return whose care the device is in, if anybody's."""
-        return self._who.care(dev_id)
-
-    def origin(self, record: Record) -> Origin | None:
-        """Return what the device's server is, or was when the device was LIVE."""
-        return self._who.origin(record)
+    async def refresh(self, dev_id: int) -> None:
+        """Ask anew in whose care a device is, and wait for it."""
+        if (record := self._records.get(dev_id)) is not None:
+            await self._who.refresh(record)
 
     def reconsider(self) -> None:
         """Ask anew in whose care each device is: rules have come or gone."""
@@ -203,6 +205,8 @@ class Monitor:
         if (before.phase, before.reason, before.seq) != (after.phase, after.reason, after.seq):
             name = type(event).__name__
             self._edges.publish(Transition(self._edges.wall(), now, before, after, name, effects))
+        if after.phase in (Phase.PROBATION, Phase.WATCHING) and before.phase is not after.phase:
+            self._performer.up(tag_of(after))
         if after.phase is Phase.WATCHING and before.phase is not Phase.WATCHING:
             self._performer.spawn(dev_id, self._performer.learn_early(after))
         if before.phase is Phase.WATCHING and after.phase is not Phase.WATCHING:
@@ -278,14 +282,7 @@ class Monitor:
         self._unsaved.pop(dev_id, None)  # else nobody would take what is told of it any more
         before, now = self._records.get(dev_id), self._edges.clock()
         if before is not None and before.reason is not Reason.INTERNAL_ERROR:
-            after = replace(
-                before,
-                phase=Phase.FAILED,
-                reason=Reason.INTERNAL_ERROR,
-                detail=repr(error),
-                since=now,
-                wake=None,
-            )
+            after = recovery.quarantined(before, repr(error), now)
             self._records[dev_id] = after
             self._arm(after)
             self._edges.publish(Transition(self._edges.wall(), now, before, after, "Bug"))
@@ -316,11 +313,14 @@ class Monitor:
             self._look.clear()
             self._notice_stall(self._edges.clock())
             ids = self._edges.dev_ids() | self._records.keys() | self._former.keys()
-            await asyncio.gather(*(self.read(dev_id) for dev_id in ids))
+            reads = (self.read(dev_id) for dev_id in ids)
+            came = await asyncio.gather(*reads, return_exceptions=True)
+            for dev_id, error in zip(ids, came, strict=True):
+                if isinstance(error, Exception):
+                    self.quarantine(dev_id, error)
             self.polls += 1
             if self._edges.clock() >= housekeeping:
-                known = [*self.records(), *self._former.values()]
-                self._edges.launcher.keep_only({tag_of(record) for record in known})
+                self._edges.launcher.keep_only({tag_of(record) for record in self.all_records()})
                 self._edges.launcher.trim()
                 housekeeping = self._edges.clock() + _HOUSEKEEPING_S
             try:
@@ -358,22 +358,28 @@ class Monitor:
             elif info.state is DevState.DEAD or instance is None:
                 self._abandon_former(dev_id)
                 return None  # added and not started yet, or stopped: no disk, nothing to keep alive
-            record = await self._meet(dev_id, instance)
+            record = await self._meet(info, instance)
+            if record is None:
+                return None  # nobody can tell yet in whose care it is
         return InfoRead(info, instance or record.instance, await self._who.serves(info, record))
 
-    async def _meet(self, dev_id: int, instance: str) -> Record:
+    async def _meet(self, info: DevInfo, instance: str) -> Record | None:
+        dev_id = info.dev_id
         former = self._former.get(dev_id)
         if former is None or former.instance != instance:
             self._abandon_former(dev_id)
             record = Record(dev_id=dev_id, instance=instance, since=self._edges.clock())
             self._records[dev_id] = record
             return record
-        del self._former[dev_id]
         found = await self._performer.ends.find(tag_of(former))
+        await self._who.serves(info, former)
+        if not self._who.cared_for(dev_id):
+            return None  # to go on without knowing would mean to give it up
         node = f"/dev/ublkc{dev_id}"
         candidates = [server for server in found if server != former.server]
         candidates.sort(key=lambda server: not self._edges.holds(server.pid, node))
         self._edges.launcher.listen(tag_of(former))
+        del self._former[dev_id]
         self._records[dev_id] = former
         self.post(dev_id, Resumed(candidates[0] if candidates else None))
         return former
@@ -384,7 +390,7 @@ class Monitor:
         if former is not None:
             self._edges.store.drop_record(dev_id)
             if former.phase in ATTEMPTING:
-                self._performer.spawn(dev_id, self._performer.ends.end(tag_of(former)))
+                self._performer.spawn(dev_id, self._performer.ends.abandon(former))
 
 
 def _lasting(record: Record) -> Record:

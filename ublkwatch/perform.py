@@ -204,6 +204,10 @@ class Performer:
         """Take it that an attempt's server said READY=1."""
         self._starts.ready(tag)
 
+    def up(self, tag: str) -> None:
+        """Take it that an attempt's server serves."""
+        self._starts.up(tag)
+
     async def _start_server(self, record: Record) -> None:
         try:
             await self._learn(record)
@@ -297,8 +301,10 @@ class Performer:
     async def _learn_and_write_line(self, record: Record) -> None:
         """Write the go for a device whose spec we died too early to keep."""
         try:
-            await self._learn(record)
-            self._write_line(record, self._specs[record.dev_id])
+            info = record.info or await self._edges.ctrl.get_dev_info(record.dev_id)
+            await self._learn(replace(record, info=info))
+            if (spec := self._specs.get(record.dev_id)) is not None:
+                self._write_line(record, spec)
         except OSError as error:
             _log.error("%s", error)
 

@@ -243,7 +243,10 @@ def _open_shared(path: Path) -> int:
 
 def _open_to_all(host: Host) -> str:
     """Say what is wrong with ublksrv's run directory: its own programs make it so."""
-    mode = _at(host, _UBLKSRV_RUN).stat().st_mode
+    try:
+        mode = _at(host, _UBLKSRV_RUN).stat().st_mode
+    except OSError:
+        return ""
     if mode & 0o002 and not mode & stat.S_ISVTX:
         return (
             f"{_UBLKSRV_RUN}: everybody can put another record into the place of this device's, "

@@ -156,6 +156,12 @@ def delayed(record: Record, by_s: float) -> Record:
     )
 
 
+def quarantined(record: Record, error: str, now: float) -> Record:
+    """Return the record of a device over which our own code failed: hands off."""
+    reason = Reason.INTERNAL_ERROR
+    return replace(record, phase=Phase.FAILED, reason=reason, detail=error, since=now, wake=None)
+
+
 # --- replies, ends and timers --------------------------------------------------------------------
 
 

@@ -36,8 +36,8 @@ def origin(pid: int) -> Origin | None:
     """
     home = Path(f"/proc/{pid}")
     try:
-        status = (home / "status").read_text()
-        exe, name = "", (home / "comm").read_text().rstrip("\n")
+        status = (home / "status").read_text(errors="replace")
+        exe, name = "", (home / "comm").read_text(errors="replace").rstrip("\n")
     except OSError:
         return None
     with contextlib.suppress(OSError):
@@ -64,7 +64,7 @@ def _namespace(home: Path) -> str:
 def _cgroup(home: Path) -> str:
     """Return its path in the unified hierarchy (cgroups(7))."""
     with contextlib.suppress(OSError):
-        for line in (home / "cgroup").read_text().splitlines():
+        for line in (home / "cgroup").read_text(errors="replace").splitlines():
             if line.startswith("0::"):
                 return line[3:]
     return ""
@@ -215,7 +215,7 @@ def _files(pid: int) -> set[str]:
 
 def _name(pid: int) -> str:
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip("\n")
     return "?"
 
 

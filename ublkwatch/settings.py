@@ -179,6 +179,8 @@ def _value(table: dict[str, Any], key: str, declared: Key, where: str) -> Any:
             raise ConfigError(f"{where}: is missing; {declared.help}")
         return declared.default
     value = table[key]
+    if _has_nul(value):
+        raise ConfigError(f"{where}: holds a NUL, which no command line can")
     whole = declared.type is float and type(value) is int
     if type(value) is not declared.type and not whole:
         raise ConfigError(f"{where}: must be a {declared.type.__name__}, not {value!r}")
@@ -193,3 +195,11 @@ def _value(table: dict[str, Any], key: str, declared: Key, where: str) -> Any:
             bounds = f"{declared.low:g} and {declared.high:g}"
             raise ConfigError(f"{where}: {number} is not between {bounds}")
     return float(value) if whole else value
+
+
+def _has_nul(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list):
+        return any(_has_nul(each) for each in value)
+    return isinstance(value, str) and "\0" in value

@@ -46,7 +46,7 @@ class Caller(Protocol):
     """monitor.Monitor, as far as starts speak to it."""
 
     def post(self, dev_id: int, event: Event) -> None: ...
-    def records(self) -> list[Record]: ...
+    def all_records(self) -> list[Record]: ...
     def care(self, dev_id: int) -> Care | None: ...
 
 
@@ -122,7 +122,7 @@ class Starts:
             raise FileNotFoundError("nothing says any more how to start its server")
         leave = await self._lanes.enter(care.priority, again=record.attempts > 1)
         self._slots[tag] = leave
-        asyncio.get_running_loop().call_later(_SLOT_S, leave)
+        asyncio.get_running_loop().call_later(_SLOT_S, self.up, tag)
         try:
             if self._wanted(dev_id, tag) and await self._asked(record, care, spec):
                 async with self.fork(dev_id):
@@ -181,17 +181,19 @@ class Starts:
 
     def _process_of(self, group: str) -> _Shared | None:
         """Return the group's process that lives; of a former life, too."""
-        shared = self._shared.get(group)
-        if shared is None:
-            for record in self._monitor.records():
-                care, server = self._monitor.care(record.dev_id), record.candidate or record.server
-                if care and care.group == group and server and self._launcher.known(tag_of(record)):
-                    ready = record.ready or record.phase is not Phase.DRAINING
-                    shared = _Shared(self._launcher.root(tag_of(record)), server, ready)
-        if shared is not None and self._identify(shared.server.pid) == shared.server:
+        if (shared := self._shared.get(group)) is not None and self._lives(shared.server):
             return shared
         self._shared.pop(group, None)
+        for record in self._monitor.all_records():  # of a former life
+            care, server = self._monitor.care(record.dev_id), record.candidate or record.server
+            ours = care and care.group == group and self._launcher.known(tag_of(record))
+            if ours and server and self._lives(server):
+                ready = record.ready or record.phase is not Phase.DRAINING
+                return _Shared(self._launcher.root(tag_of(record)), server, ready)
         return None
+
+    def _lives(self, server: ServerId) -> bool:
+        return self._identify(server.pid) == server
 
 
 def tag_of(record: Record) -> str:

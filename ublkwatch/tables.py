@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ublkwatch.care import Care, Run, unknown_placeholder
+from ublkwatch.care import ALWAYS, PLACEHOLDERS, Care, Run, unknown_placeholder
 from ublkwatch.model import Attach, Exhausted, Handoff, Policy
 from ublkwatch.rules import Match, Rule
 from ublkwatch.settings import DEVICE, LIMITS, RECOVERY, SERVER, ConfigError, check
@@ -142,10 +142,12 @@ def _decider(value: list[Any], policy: Policy, complain: _Complaints) -> tuple[s
         raise complain("on_exhausted_command", 'is missing; on_exhausted = "exec" needs it')
     if value and not wanted:
         raise complain("on_exhausted_command", 'is never run without on_exhausted = "exec"')
-    return argv(value, "on_exhausted_command", complain) if value else ()
+    return argv(value, "on_exhausted_command", complain, ALWAYS) if value else ()
 
 
-def argv(command: list[Any], key: str, complain: _Complaints) -> tuple[str, ...]:
+def argv(
+    command: list[Any], key: str, complain: _Complaints, known: tuple[str, ...] = PLACEHOLDERS
+) -> tuple[str, ...]:
     """Check an argv: words, the first an absolute path, no placeholder that nobody fills."""
     if not command or not all(isinstance(word, str) and word for word in command):
         raise complain(key, "must be a list of words (no shell)")
@@ -155,7 +157,7 @@ def argv(command: list[Any], key: str, complain: _Complaints) -> tuple[str, ...]
             f"{command[0]!r} must be an absolute path: what root runs does not depend on a PATH",
         )
     for word in command:
-        if problem := unknown_placeholder(word):
+        if problem := unknown_placeholder(word, known):
             raise complain(key, problem)
     if "{" in command[0]:
         raise complain(key, f"{command[0]!r}: what is run is not found by a placeholder")
@@ -200,6 +202,6 @@ def _paths(value: list[Any], complain: _Complaints) -> tuple[str, ...]:
     for path in value:
         if not isinstance(path, str) or not path.startswith("/"):
             raise complain("keep", f"{path!r} must be an absolute path")
-        if problem := unknown_placeholder(path):
+        if problem := unknown_placeholder(path, ALWAYS):
             raise complain("keep", problem)
     return tuple(value)

@@ -20,14 +20,16 @@ class Together(Generic[T]):
         """``look`` is called again only when it has returned."""
         self._look = look
         self._lock = asyncio.Lock()
-        self._begun = 0
+        self._begun = 0  # looks, ever
+        self._answered = 0  # the number of the last one that had an answer
         self._answer: T | None = None
 
     async def ask(self) -> T:
         """Return what a look says that began after this call."""
         came = self._begun
         async with self._lock:
-            if self._begun == came:
+            while self._answered <= came:  # also where the one who looked was cancelled
                 self._begun += 1
-                self._answer = await self._look()
+                number, answer = self._begun, await self._look()
+                self._answer, self._answered = answer, number
             return self._answer  # type: ignore[return-value]

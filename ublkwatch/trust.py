@@ -55,7 +55,7 @@ def check_executable(path: Path) -> None:
         if head.startswith(b"\x7fELF"):
             return
         words = head[2:].split(b"\n")[0].split()
-        if not head.startswith(b"#!") or not words:
+        if not head.startswith(b"#!") or not words or b"\0" in words[0]:
             raise TrustError(real, "is neither a program nor a script that names its interpreter")
         name = os.fsdecode(words[0])
     raise TrustError(str(path), "its interpreter is a script of a script")

@@ -6,6 +6,8 @@ serves it or the rules change.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from zlib import crc32
 
@@ -15,13 +17,25 @@ from ublkwatch.perform import Edges
 from ublkwatch.rules import Unmanaged
 
 _TRYING = {Phase.DRAINING, Phase.STARTING, Phase.ATTACHING, Phase.STOPPING, Phase.PROBATION}
+_CARE_S = 1.0  # that a look may wait for the rules
 
 
 class Who:
     """The servers' origins, and the devices' cares."""
 
-    def __init__(self, edges: Edges, policy: Policy, specs: dict[int, Spec]) -> None:
-        """``policy`` is for devices in nobody's care; ``specs`` grows as devices are learnt."""
+    def __init__(
+        self,
+        edges: Edges,
+        policy: Policy,
+        specs: dict[int, Spec],
+        current: Callable[[int], Record | None],
+    ) -> None:
+        """``policy`` is for devices in nobody's care; ``specs`` grows as devices are learnt.
+
+        ``current`` returns a device's record of now.
+        """
+        self._current = current
+        self._asking: dict[int, asyncio.Task[None]] = {}
         self._edges = edges
         self._policy = policy
         self._specs = specs
@@ -41,9 +55,39 @@ class Who:
         # An attempt goes on as it was begun: another hand-off amid it could wedge a G2 device.
         stale = dev_id in self._stale and record.phase not in _TRYING
         if stale or dev_id not in self._cares:
-            self._stale.discard(dev_id)
-            self._cares[dev_id] = await self._edges.care(info, self.origin(record))
+            await self._find_care(info, record)
         return server
+
+    def cared_for(self, dev_id: int) -> bool:
+        """Tell whether it is known in whose care the device is, if in anybody's."""
+        return dev_id in self._cares
+
+    async def refresh(self, record: Record) -> None:
+        """Ask the rules anew about one device, now."""
+        if record.info is not None:
+            self._stale.add(record.dev_id)
+            await self._find_care(record.info, record)
+
+    async def _find_care(self, info: DevInfo, record: Record) -> None:
+        """Ask the rules, which look at files; while those hang, what was known holds."""
+        dev_id = info.dev_id
+        if (asking := self._asking.get(dev_id)) is None:
+            work = self._ask_rules(info, record)
+            asking = self._asking[dev_id] = asyncio.get_running_loop().create_task(work)
+            asking.add_done_callback(lambda _: self._asking.pop(dev_id, None))
+        done, _ = await asyncio.wait({asking}, timeout=_CARE_S)
+        for task in done:
+            task.result()  # a bug in a rule harms this device only
+
+    async def _ask_rules(self, info: DevInfo, record: Record) -> None:
+        dev_id = info.dev_id
+        self._stale.discard(dev_id)
+        care = await self._edges.care(info, self.origin(record))
+        now = self._current(dev_id)
+        if dev_id in self._cares and now is not None and now.phase in _TRYING:
+            self._stale.add(dev_id)  # an attempt has begun meanwhile
+        else:
+            self._cares[dev_id] = care
 
     def _take_in(self, server: ServerId, record: Record) -> None:
         """Learn what a process is that we see serving for the first time.
