@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -271,6 +272,31 @@ def test_whether_the_host_shuts_down_is_asked_of_systemd_where_it_runs(
         return await Launcher(tmp_path, lambda _: None, tmp_path / init).shutting_down()
 
     assert str(asyncio.run(ask())) == expected
+
+
+def test_a_systemctl_that_ends_at_its_very_deadline_is_no_bug(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "systemctl"
+    tool.write_text("#!/bin/sh\nsleep 0.5\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    asking: list[asyncio.Task[bool]] = []
+
+    async def ask() -> None:
+        for step in range(20):
+            monkeypatch.setattr("ublkwatch.launch._SHUTDOWN_ANSWER_S", 0.85 + step / 100)
+            launcher = Launcher(tmp_path, lambda _: None, tmp_path)
+            asking.append(asyncio.create_task(launcher.shutting_down()))
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.3)
+        time.sleep(0.7)  # noqa: ASYNC251 - the loop is held up, until all have ended
+        while not all(task.done() for task in asking):
+            time.sleep(0.005)  # noqa: ASYNC251 - so that one deadline comes after each step of it
+            await asyncio.sleep(0)
+        assert await asyncio.gather(*asking) == [False] * 20
+
+    asyncio.run(ask())
 
 
 def test_where_systemctl_is_missing_nothing_shuts_down(

@@ -130,6 +130,7 @@ class Daemon:
         door = admin.Admin(self._settings.runtime_dir, desk.take)
         try:
             await _prepare(workers)
+            await launcher.prepare()
             port = await self._serve_metrics(page)
             await self._serve_orders(door)
             rules = self._generation.name

@@ -63,6 +63,11 @@ class Launcher:
 
     # --- start -----------------------------------------------------------------------------------
 
+    async def prepare(self) -> None:
+        """Do beforehand what can be: be connected to systemd. It is tried again with each start."""
+        with contextlib.suppress(OSError):
+            await self._choose()
+
     async def start(self, tag: str, job: Job) -> int:
         """Start the server of an attempt and return its pid; OSError says why it did not start.
 
@@ -202,8 +207,7 @@ class Launcher:
             async with asyncio.timeout(timeout_s):
                 return how(await process.wait())
         except TimeoutError:
-            process.kill()
-            await process.wait()
+            await _kill(process)
             return f"killed after {timeout_s:g} s", None
 
     async def shutting_down(self) -> bool:
@@ -226,8 +230,7 @@ class Launcher:
             async with asyncio.timeout(_SHUTDOWN_ANSWER_S):
                 output, _ = await process.communicate()
         except TimeoutError:
-            process.kill()
-            await process.wait()
+            await _kill(process)
             return False
         return output.strip() == b"stopping"
 
@@ -236,6 +239,12 @@ class Launcher:
         self._homes.close()
         self._fork.close()
         self._units.close()
+
+
+async def _kill(process: asyncio.subprocess.Process) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it may have ended at this very moment
+        process.kill()
+    await process.wait()
 
 
 def _judged(job: Job) -> Identity:
