@@ -34,7 +34,7 @@ for directory in system-generators system-environment-generators; do
     if [ -d "$directory" ]; then mount -t tmpfs -o mode=755 tmpfs "$directory"; fi
 done
 # The host may be a container; the guest is none.
-rm -f /root/.dockerenv
+(cd /root && rm -f .dockerenv)
 echo ublkwatch-lab >/root/etc/hostname
 # A machine without an identity would be set up as a new one.
 echo 75626c6b7761746368206c6162000000 >/root/etc/machine-id
