@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cast import Home
+from plain import PlainLauncher
 from twin import PARAMS, Command
 from twin_device import CharFile
 
@@ -33,7 +34,7 @@ POLL_S = 1.0
 _GRACE_S = 1.0
 
 
-class Life:
+class Life(PlainLauncher):
     """The edges, and when they fail."""
 
     def __init__(self, world: World) -> None:
@@ -271,14 +272,8 @@ class Life:
 
     # --- Launcher --------------------------------------------------------------------------------
 
-    def root(self, tag: str) -> str:
-        return tag
-
     def known(self, tag: str) -> bool:
         return tag in self.world.homes
-
-    def join(self, tag: str, root: str) -> None:
-        raise AssertionError(f"no groups here: {tag}, {root}")
 
     async def start(self, tag: str, job: Job) -> int:
         del job
@@ -327,20 +322,6 @@ class Life:
         if process is None or pid not in self._children:
             return "unknown", None
         return process.how, process.code
-
-    def must_ask(self, pid: int) -> bool:
-        del pid
-        return False
-
-    async def autopsy(self, tag: str, pid: int) -> tuple[str, int | None, str]:
-        return *self.how_ended(pid), self.last_words(tag)
-
-    def pids(self, tag: str) -> set[int]:
-        del tag
-        return set()
-
-    async def end(self, tag: str) -> None:
-        del tag
 
     async def decide(
         self, command: tuple[str, ...], about: dict[str, str], timeout_s: float

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import virtual
 from patience import until
+from plain import PlainLauncher
 
 from ublkwatch.care import Care, Job, Origin, Spec
 from ublkwatch.ctrl import CtrlError
@@ -32,7 +33,7 @@ ORIGIN = Origin("/bin/server", "server", 5, 6)
 
 
 @dataclass
-class World:
+class World(PlainLauncher):
     """All edges in one: what the kernel, the processes and the disk would say, and a diary."""
 
     info: DevInfo | None = field(
@@ -52,6 +53,7 @@ class World:
     lines: list[dict[str, Any]] = field(default_factory=list)
     pid: int = 200
     instance_error: Exception | None = None
+    rules_hang: asyncio.Event | None = None
     origin: Origin = ORIGIN
     asked: list[tuple[int, Origin | None]] = field(default_factory=list)
     care: Care | Unmanaged = field(default_factory=Unmanaged)
@@ -150,8 +152,11 @@ class World:
 
     async def care_of(self, info: DevInfo, origin: Origin | None) -> Care | Unmanaged:
         self.asked.append((info.dev_id, origin))
+        care = self.care
         await asyncio.sleep(0.001)  # rules look at files, in a thread
-        return self.care
+        if self.rules_hang is not None:
+            await self.rules_hang.wait()
+        return care
 
     def keep(self, dev_id: int, paths: tuple[str, ...]) -> None:
         self.diary.append(f"keep {dev_id} {' '.join(paths)}")
@@ -162,14 +167,8 @@ class World:
     def drop(self, dev_id: int) -> None:
         self.diary.append(f"drop {dev_id}")
 
-    def root(self, tag: str) -> str:
-        return tag
-
     def known(self, tag: str) -> bool:
         return bool(tag)
-
-    def join(self, tag: str, root: str) -> None:
-        self.diary.append(f"join {tag} {root}")
 
     async def start(self, tag: str, job: Job) -> int:
         assert job.origin == ORIGIN, "what the lost server was"
@@ -191,20 +190,6 @@ class World:
 
     def how_ended(self, pid: int) -> tuple[str, int | None]:
         return f"{pid} ended", None
-
-    def must_ask(self, pid: int) -> bool:
-        del pid
-        return False
-
-    async def autopsy(self, tag: str, pid: int) -> tuple[str, int | None, str]:
-        return *self.how_ended(pid), self.last_words(tag)
-
-    def pids(self, tag: str) -> set[int]:
-        del tag
-        return set()
-
-    async def end(self, tag: str) -> None:
-        del tag
 
     async def decide(
         self, command: tuple[str, ...], about: dict[str, str], timeout_s: float

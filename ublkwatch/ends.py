@@ -7,7 +7,6 @@ device's sake.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import Protocol
@@ -116,10 +115,15 @@ class Ends:
 
     async def abandon(self, record: Record) -> None:
         """End what an attempt of our former life left of a device that is gone."""
-        with contextlib.suppress(TimeoutError):
+        tag = tag_of(record)
+        try:
             async with asyncio.timeout(self._monitor.policy(record.dev_id).stop_timeout_s):
-                if self._shared(record, self._launcher.root(tag_of(record))) is None:
-                    await self.end(tag_of(record))
+                if self._shared(record, self._launcher.root(tag)) is None:
+                    await self.end(tag)
+        except OSError as error:
+            trouble = str(error) or "not in time"
+            _log.error("attempt %s of a device that is gone may have processes still: %s; look for "
+                       "UBLKWATCH_ATTEMPT in /proc/*/environ", tag, trouble)  # fmt: skip
 
     def kill(self, record: Record, effect: Kill) -> None:
         """SIGKILL a process, unless others are to be spared."""

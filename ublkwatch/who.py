@@ -7,6 +7,7 @@ serves it or the rules change.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from zlib import crc32
@@ -15,6 +16,8 @@ from ublkwatch.care import Care, Origin, Spec
 from ublkwatch.model import DevInfo, Phase, Policy, Reason, Record, ServerId
 from ublkwatch.perform import Edges
 from ublkwatch.rules import Unmanaged
+
+_log = logging.getLogger("ublkwatch")
 
 _TRYING = {Phase.DRAINING, Phase.STARTING, Phase.ATTACHING, Phase.STOPPING, Phase.PROBATION}
 _CARE_S = 1.0  # that a look may wait for the rules
@@ -35,7 +38,8 @@ class Who:
         ``current`` returns a device's record of now.
         """
         self._current = current
-        self._asking: dict[int, asyncio.Task[None]] = {}
+        self._asking: dict[int, asyncio.Task[None]] = {}  # the rules, about these devices
+        self._slow: set[int] = set()  # those of them that take long: said once
         self._edges = edges
         self._policy = policy
         self._specs = specs
@@ -74,10 +78,18 @@ class Who:
         if (asking := self._asking.get(dev_id)) is None:
             work = self._ask_rules(info, record)
             asking = self._asking[dev_id] = asyncio.get_running_loop().create_task(work)
-            asking.add_done_callback(lambda _: self._asking.pop(dev_id, None))
         done, _ = await asyncio.wait({asking}, timeout=_CARE_S)
-        for task in done:
-            task.result()  # a bug in a rule harms this device only
+        if not done:
+            if dev_id not in self._slow:
+                _log.warning("ublk %d: the rules about it take long: does a file system hang that "
+                             "holds a program of theirs?", dev_id)  # fmt: skip
+            self._slow.add(dev_id)
+            return
+        self._slow.discard(dev_id)
+        if self._asking.get(dev_id) is asking:
+            del self._asking[dev_id]
+        if not asking.cancelled():
+            asking.result()  # a bug in a rule harms this device only
 
     async def _ask_rules(self, info: DevInfo, record: Record) -> None:
         dev_id = info.dev_id
@@ -144,6 +156,8 @@ class Who:
         self._cares.pop(dev_id, None)
         self._origins.pop(dev_id, None)
         self._stale.discard(dev_id)
+        if (asking := self._asking.pop(dev_id, None)) is not None:
+            asking.cancel()
 
     def _identify(self, info: DevInfo, record: Record) -> ServerId | None:
         """Do not believe the number alone: Linux before 6.17 stores what the server claimed."""

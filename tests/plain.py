@@ -1,0 +1,33 @@
+"""What the twins' launchers have in common: no control groups, no groups of devices, no systemd."""
+
+from __future__ import annotations
+
+
+class PlainLauncher:
+    """Each attempt has a home of its own, and its processes are our children or unknown."""
+
+    def how_ended(self, pid: int) -> tuple[str, int | None]:
+        raise NotImplementedError
+
+    def last_words(self, tag: str) -> str:
+        raise NotImplementedError
+
+    def root(self, tag: str) -> str:
+        return tag
+
+    def join(self, tag: str, root: str) -> None:
+        raise AssertionError(f"no groups here: {tag}, {root}")
+
+    def must_ask(self, pid: int) -> bool:
+        del pid
+        return False
+
+    async def autopsy(self, tag: str, pid: int) -> tuple[str, int | None, str]:
+        return *self.how_ended(pid), self.last_words(tag)
+
+    def pids(self, tag: str) -> set[int]:
+        del tag
+        return set()
+
+    async def end(self, tag: str) -> None:
+        del tag
