@@ -373,7 +373,7 @@ def test_a_reason_without_end_is_wrong_usage(place: Place) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="for root, which can be nobody for a while")
-@pytest.mark.parametrize("verb", ["hold", "explain"])
+@pytest.mark.parametrize("verb", ["hold", "explain", "registered"])
 def test_who_is_not_root_is_told_so(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
@@ -385,7 +385,8 @@ def test_who_is_not_root_is_told_so(verb: str, capsys: pytest.CaptureFixture[str
             await door.start()
             os.seteuid(65534)
             try:
-                assert await place.run(verb, "0") == cli.EXIT_NO_PERMISSION
+                what = () if verb == "registered" else ("0",)
+                assert await place.run(verb, *what) == cli.EXIT_NO_PERMISSION
             finally:
                 os.seteuid(0)
                 door.close()
@@ -500,6 +501,7 @@ def test_without_a_daemon_a_registration_is_kept_for_the_next_one(
         (("registered",), cli.EXIT_OK),
         (("reload",), cli.EXIT_NOT_RUNNING),
         (("unregister", "other"), cli.EXIT_REFUSED),
+        (("unregister", "../registered/vms"), cli.EXIT_REFUSED),
         (("unregister", "vms"), cli.EXIT_OK),
         (("registered",), cli.EXIT_OK),
     ):

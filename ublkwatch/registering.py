@@ -83,6 +83,10 @@ def offline(settings: Config, change: admin.Change) -> str:
 
     StoreError: the directories cannot be used. ConfigError, OSError: as Library.register() says.
     """
+    try:
+        admin.parse(change.line())  # as if it were asked over the socket
+    except admin.RequestError as error:
+        return str(error)
     store = Store(settings.runtime_dir, settings.state_dir)
     try:
         library = Library(settings, store, lambda _: lambda _info, _origin: None, check_executable)
