@@ -120,9 +120,8 @@ def start_replied(record: Record, error: int, now: float, policy: Policy) -> Ste
         return record, ()
     if error == errno.ENODEV:
         return leave(record, Phase.GONE, now)
-    if error != errno.ETIMEDOUT and not pace.prepared(
-        record, policy
-    ):  # it died, and that came first
+    # Where it is not prepared any more, it died, and that came first.
+    if error != errno.ETIMEDOUT and not pace.prepared(record, policy):
         return fail(record, record.reason or Reason.DIED_BEFORE_READY, record.detail, now)
     if taken:
         return attach(record, now, policy)

@@ -30,37 +30,25 @@ from ublkwatch.events import (
 )
 from ublkwatch.model import Phase
 
+# Where nothing of ours is under way.
+_AT_REST: frozenset[type[Event]] = frozenset(
+    {
+        AttemptShared,
+        Decided,
+        HoldersFound,
+        QueueThreadLost,
+        Ready,
+        ServerFound,
+        ShutdownBegun,
+        SpawnFailed,
+    }
+)
+
 DEAF: dict[Phase, frozenset[type[Event]]] = {
-    Phase.OBSERVED: frozenset(
-        {
-            AttemptShared,
-            Decided,
-            HoldersFound,
-            QueueThreadLost,
-            Ready,
-            ServerFound,
-            ShutdownBegun,
-            SpawnFailed,
-        }
-    ),
-    Phase.WATCHING: frozenset(
-        {AttemptShared, Decided, HoldersFound, Ready, ServerFound, ShutdownBegun, SpawnFailed}
-    ),
-    Phase.GRACE: frozenset(
-        {AttemptShared, Decided, HoldersFound, QueueThreadLost, Ready, ServerFound, SpawnFailed}
-    ),
-    Phase.HELD: frozenset(
-        {
-            AttemptShared,
-            Decided,
-            HoldersFound,
-            QueueThreadLost,
-            Ready,
-            ServerFound,
-            ShutdownBegun,
-            SpawnFailed,
-        }
-    ),
+    Phase.OBSERVED: _AT_REST,
+    Phase.WATCHING: _AT_REST - {QueueThreadLost},
+    Phase.GRACE: _AT_REST - {ShutdownBegun},
+    Phase.HELD: _AT_REST,
     Phase.DRAINING: frozenset(
         {Decided, EndReplied, QueueThreadLost, ServerFound, StartReplied, StopReplied}
     ),

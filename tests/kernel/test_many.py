@@ -19,7 +19,7 @@ from supervisor import Supervisor, tagged
 from ublkwatch.profiles import RUN_FILES
 
 if TYPE_CHECKING:
-    from conftest import Control, Load, Servers
+    from conftest import Control, Fio, Load, Servers
 
     Watch = Callable[..., Supervisor]
 
@@ -51,6 +51,13 @@ def servers_of(supervisor: Supervisor, dev_ids: range, recoveries: int) -> list[
     return found
 
 
+def goes_on(load: Fio) -> None:
+    """Assert that the load was not disturbed, and end it."""
+    load.wait_progress()
+    load.interrupt()
+    load.report()
+
+
 def launched_as_wished(pid: int) -> bool:
     group = Path(f"/proc/{pid}/cgroup").read_text()
     return ("ublkwatch-servers.slice/ublkwatch-" in group) is SYSTEMD
@@ -76,9 +83,7 @@ def test_a_group_of_16_devices_in_one_process_comes_back_in_one_process(
     assert len(set(pids)) == 1
     assert launched_as_wished(pids[0])
     for load in loads:
-        load.wait_progress()
-        load.interrupt()
-        load.report()
+        goes_on(load)
 
 
 @pytest.mark.timeout(600)
@@ -103,9 +108,7 @@ def test_32_servers_killed_at_once_come_back_each_for_its_device(
     assert len(set(second)) == 32
     assert not set(second) & set(first)
     assert tagged() == set(second)
-    load.wait_progress()
-    load.interrupt()
-    load.report()
+    goes_on(load)
 
 
 @pytest.mark.timeout(300)
