@@ -24,11 +24,12 @@ from ublkwatch.events import (
     HoldersFound,
     InfoMissing,
     InfoRead,
-    QueueThreadLost,
     Ready,
     Resumed,
+    ServerAils,
     ServerExited,
     ServerFound,
+    ServerWell,
     ShutdownBegun,
     Spawned,
     SpawnFailed,
@@ -37,6 +38,7 @@ from ublkwatch.events import (
     Woken,
 )
 from ublkwatch.model import (
+    Ailment,
     Attach,
     DevInfo,
     Exhausted,
@@ -119,7 +121,9 @@ def _alphabet(seq: int) -> Iterator[Told]:
     for server in (SERVING, CANDIDATE):
         for code in (None, 0, 1, 78):
             yield Told(ServerExited(server, "unknown" if code is None else "exit", code))
-    yield Told(QueueThreadLost(SERVING, "queue 0"))
+    for ailment in Ailment:
+        yield Told(ServerAils(SERVING, ailment, "hangs", -1000.0))
+    yield Told(ServerWell(SERVING))
     yield Told(Spawned(seq, FRESH))
     yield Told(Spawned(seq - 1, FRESH))
     yield Told(Ready(seq))
@@ -200,7 +204,7 @@ def fold(record: Record, now: float) -> Record:
         ended=names[record.ended],
         refused="x" if record.refused else "",
         stopped=record.stopped,
-        crippled="x" if record.crippled else "",
+        ill=replace(record.ill, since=-1000.0) if record.ill else None,
         detected_by=record.detected_by,
         marks=(("lost", 0.0),) if record.marks else (),
     )
@@ -216,7 +220,7 @@ def kind(record: Record, *, ending: bool) -> tuple[object, ...]:
     match record.phase:
         case Phase.OBSERVED | Phase.WATCHING:
             left = (nobody, untried, record.pending, record.over)
-            return (*common, left, record.reason, state, bool(record.crippled))
+            return (*common, left, record.reason, state, record.ill)
         case Phase.DRAINING:
             quiet = (record.quiet_since is None, record.free_since is None)
             coming = (untried, queued, record.ready)
@@ -227,7 +231,7 @@ def kind(record: Record, *, ending: bool) -> tuple[object, ...]:
             refused = bool(record.refused) and record.agreed
             return (*common, untried, queued, record.pending, record.armed, refused)
         case Phase.PROBATION:
-            return (*common, nobody, record.agreed, bool(record.crippled))
+            return (*common, nobody, record.agreed, record.ill)
         case Phase.STOPPING:
             left = (nobody, untried, record.pending, record.over)
             why = record.reason if record.reason in _TELLING else record.reason in PERMANENT

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cast import Home
-from plain import PlainLauncher
+from plain import NO_THREADS, PlainLauncher
 from twin import PARAMS, Command
 from twin_device import CharFile
 
@@ -52,6 +52,8 @@ class Life(PlainLauncher):
             launcher=self,
             store=self,
             dev_ids=world.driver.dev_ids,
+            threads=NO_THREADS,
+            traffic=lambda _: None,
             instance=self.instance,
             holds=self.holds,
             publish=self.publish,

@@ -1,6 +1,10 @@
-"""What the twins' launchers have in common: no control groups, no groups of devices, no systemd."""
+"""What the twins' launchers have in common: no cgroups, no groups, no threads."""
 
 from __future__ import annotations
+
+from ublkwatch.perform import Threads
+
+NO_THREADS = Threads(lambda _: set(), lambda _: {}, lambda _: (), lambda _server, _tids: None)
 
 
 class PlainLauncher:

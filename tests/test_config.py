@@ -12,7 +12,7 @@ import pytest
 
 from ublkwatch import config
 from ublkwatch.care import Care, Run
-from ublkwatch.model import Attach, Exhausted, Handoff, Policy
+from ublkwatch.model import Attach, Exhausted, Handoff, Policy, Remedy
 from ublkwatch.rules import Match
 from ublkwatch.settings import CARE, DEVICE, METRICS, RECOVERY, SERVER, TOP, ConfigError
 
@@ -38,6 +38,9 @@ window_s = 30
 stable_s = 12.5
 permanent_exits = [2, 78]
 retry_exits = [16]
+stall_timeout_s = 45
+on_stall = "kill"
+on_dead_queue = "alert"
 on_exhausted = "fail"
 hold_timeout_s = 600
 exec_timeout_s = 9
@@ -72,6 +75,9 @@ command = ["/bin/true"]
 attach = "start"
 """
 SHARED = Policy(
+    stall_timeout_s=45,
+    on_stall=Remedy.KILL,
+    on_dead_queue=Remedy.ALERT,
     grace_s=7,
     attempts_max=3,
     window_s=30,
@@ -238,7 +244,7 @@ def test_what_decides_is_taken_from_the_device_and_when_from_either() -> None:
         ),
         ("[recovery]\non_exhausted = 1", "recovery.on_exhausted: must be a str, not 1"),
         ("[recovery]\nhold_timeout_s = inf", "hold_timeout_s: inf is not between 0 and 2.592e+06"),
-        ("[recovery]\nhandoff = 'managed'", "recovery.handoff: unknown key; known are grace_s"),
+        ("[recovery]\nhandoff = 'managed'", "recovery.handoff: unknown key; known are stall"),
         ("= 1", "not TOML: "),
     ],
 )

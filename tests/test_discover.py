@@ -12,6 +12,7 @@ import pytest
 from patience import until
 
 from ublkwatch import discover
+from ublkwatch.model import Traffic
 
 BOOT = "5c1f"
 LO = Path("/sys/class/net/lo/uevent")
@@ -56,6 +57,27 @@ def test_the_same_id_with_another_disk_is_another_instance(sysfs: Path) -> None:
 
 def test_two_boots_are_two_instances_of_the_same_number(sysfs: Path) -> None:
     assert discover.instance(0, "a", sysfs) != discover.instance(0, "b", sysfs)
+
+
+# --- traffic -------------------------------------------------------------------------------------
+
+
+def test_traffic_is_what_is_in_flight_and_what_was_completed_of_every_kind(sysfs: Path) -> None:
+    disk = sysfs / "block/ublkb0"
+    (disk / "inflight").write_text("       2        3\n")
+    counts = [100, 0, 0, 0, 20, 0, 0, 0, 5, 999, 999, 3, 0, 0, 0, 1, 0]
+    (disk / "stat").write_text("".join(f"{count:9}" for count in counts) + "\n")
+    assert discover.traffic(0, sysfs) == Traffic(5, 124)
+
+
+def test_a_device_without_a_disk_has_no_traffic(sysfs: Path) -> None:
+    assert discover.traffic(12, sysfs) is None
+
+
+def test_every_disk_of_this_kernel_has_its_traffic() -> None:
+    names = [path.name for path in Path("/sys/block").iterdir()]
+    fields = {len((Path("/sys/block") / name / "stat").read_text().split()) for name in names}
+    assert all(count >= 17 for count in fields), "the fields that are summed up are there"
 
 
 # --- uevents -------------------------------------------------------------------------------------

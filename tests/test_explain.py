@@ -11,20 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ublkwatch import orders
-from ublkwatch.explain import Times, explain, span
+from ublkwatch.explain import explain
+from ublkwatch.foretell import Times, span
 from ublkwatch.model import (
+    Ailment,
     Armed,
     Attach,
     DevInfo,
     Exhausted,
     Generation,
     Handoff,
+    Illness,
     Order,
     Phase,
     Policy,
     Reason,
     Record,
     RecoveryMode,
+    Remedy,
     ServerId,
 )
 from ublkwatch.uapi import DevFlags, DevState
@@ -344,6 +348,43 @@ def test_a_recovered_device_tells_of_its_last_recovery() -> None:
     assert "Tried" not in told(HEALTHY)
 
 
+AILS = Illness(Ailment.STALL, "it sleeps", NOW - 45)
+
+
+def test_a_stalled_server_in_full() -> None:
+    record = replace(HEALTHY, ill=AILS)
+    said = told(record)
+    assert said["Why"] == [
+        "stalled: its server has requests and completes none (it sleeps); since T-45"
+    ]
+    assert said["More"] == ["docs/recovery.md, STALL"]
+    assert said["I/O"][0].startswith("what its server has hangs; when its server dies what is in")
+    assert "recover" in verbs(record)
+
+
+def test_what_comes_next_of_a_server_that_ails() -> None:
+    kill = {"on_stall": Remedy.KILL}
+    ails = replace(HEALTHY, ill=AILS)
+    assert following(ails) == (
+        "nothing by itself, as on_stall says: `ublkwatch recover 3` ends its server, and the "
+        "device is recovered"
+    )
+    assert following(ails, **kill) == "its server is ended, and the device is recovered"
+    assert following(replace(ails, held=True), **kill).startswith("nothing while it is held; then")
+    spent = replace(ails, failures=(NOW,) * 5, since=NOW - 46)
+    assert following(spent, **kill).startswith("nothing by itself: after 5 failures to end it did")
+    doomed = replace(ails, ill=replace(AILS, condemned=True))
+    assert following(doomed).startswith("its server was sent SIGKILL, and when that has ended")
+    dead = replace(ails, ill=replace(AILS, kind=Ailment.DEAD_QUEUE))
+    assert following(dead) == "its server is ended, and the device is recovered"
+
+
+@pytest.mark.parametrize("generation", [Generation.G2, Generation.G3])
+def test_that_the_kernel_may_take_its_time_is_said_where_it_does(generation: Generation) -> None:
+    said = told(replace(HEALTHY, ill=AILS), Policy(generation=generation))["I/O"][0]
+    assert said.endswith("; on this kernel up to 30 s later") is (generation is Generation.G2)
+
+
 def test_who_holds_it_and_until_when() -> None:
     assert told(HELD)["Held"] == [f"by {ME}, until it is released"]
     assert told(replace(HELD, held_until=NOW + 600))["Held"] == [
@@ -421,7 +462,7 @@ records = st.builds(
     give_up_at=maybe,
     overdue=st.booleans(),
     stopped=st.booleans(),
-    detected_by=st.sampled_from(["", "pidfd", "poll", "startup", "thread", "else"]),
+    detected_by=st.sampled_from(["", "pidfd", "poll", "startup", "stall", "else"]),
     marks=marks.map(tuple),
     recoveries=st.integers(0, 9),
     last_held_s=maybe,

@@ -24,18 +24,21 @@ LAYERS: dict[str, set[str]] = {
     "verdict": {"events", "model"},
     "pace": {"events", "model", "verdict"},
     "attempt": {"events", "model", "pace", "verdict"},
-    "orders": {"attempt", "events", "model", "uapi", "verdict"},
+    "ailing": {"events", "model", "verdict"},
+    "symptoms": {"model"},
+    "orders": {"ailing", "attempt", "events", "model", "uapi", "verdict"},
     "timers": {"attempt", "pace", "events", "model", "orders", "uapi", "verdict"},
-    "resume": {"attempt", "pace", "events", "model", "orders", "verdict"},
+    "resume": {"ailing", "attempt", "pace", "events", "model", "orders", "verdict"},
     "outage": {"attempt", "pace", "events", "model", "orders", "uapi", "verdict"},
     "shared": {"attempt", "events", "model", "orders", "verdict"},
     "deaf": {"events", "model"},
     "recovery": {
-        *("attempt", "deaf", "events", "model", "orders", "outage", "pace", "resume"),
+        *("ailing", "attempt", "deaf", "events", "model", "orders", "outage", "pace", "resume"),
         *("shared", "timers", "uapi", "verdict"),
     },
     "status": {"model", "uapi"},
-    "explain": {"model", "orders", "pace", "status", "uapi", "verdict"},
+    "foretell": {"ailing", "model", "orders", "pace", "verdict"},
+    "explain": {"foretell", "model", "status", "uapi"},
     "rules": {"care", "model"},
     "tables": {"care", "model", "rules", "settings", "traits"},
     # L2: edges
@@ -44,7 +47,8 @@ LAYERS: dict[str, set[str]] = {
     "ctrl": {"async_ring", "model", "uapi", "uring"},
     "ctrl_worker": {"async_ring", "ctrl"},
     "together": set(),
-    "discover": set(),
+    "discover": {"model"},
+    "threads": {"symptoms"},
     "server": {"care", "model", "together"},
     "homes": set(),
     "cgroup": set(),
@@ -68,10 +72,12 @@ LAYERS: dict[str, set[str]] = {
     "starts": {"care", "events", "lanes", "model"},
     "ends": {"care", "events", "model", "starts"},
     "who": {"care", "model", "perform", "rules"},
-    "perform": {"care", "ends", "events", "lanes", "model", "rules", "starts"},
+    "perform": {"care", "ends", "events", "lanes", "model", "rules", "starts", "symptoms"},
+    "pulse": {"events", "model", "perform", "symptoms", "uapi"},
+    "unsaved": {"events"},
     "monitor": {
-        *("attempt", "care", "events", "model", "orders", "perform", "recovery", "starts"),
-        *("uapi", "who"),
+        *("attempt", "care", "events", "model", "orders", "perform", "pulse", "recovery"),
+        *("starts", "uapi", "unsaved", "who"),
     },
     # L4: composition
     "library": {"care", "config", "model", "profiles", "rules", "settings", "tables", "trust"},
@@ -80,11 +86,11 @@ LAYERS: dict[str, set[str]] = {
     "daemon": {
         *("admin", "async_ring", "care", "config", "ctrl", "ctrl_worker", "desk", "discover"),
         *("events", "kept", "lanes", "launch", "library", "log", "metrics", "model", "monitor"),
-        *("perform", "rules", "server", "settings", "status", "store", "trust", "uapi"),
+        *("perform", "rules", "server", "settings", "status", "store", "threads", "trust", "uapi"),
     },
     "cli": {
-        *("", "admin", "config", "daemon", "explain", "model", "registering", "settings"),
-        *("status", "store"),
+        *("", "admin", "config", "daemon", "explain", "foretell", "model", "registering"),
+        *("settings", "status", "store"),
     },
 }
 
@@ -113,7 +119,7 @@ HOMES = {
 PURE = (
     *("uapi", "model", "care", "events", "settings", "traits", "rules", "tables"),
     *("verdict", "pace", "attempt", "orders", "outage", "timers", "resume", "shared", "deaf"),
-    "recovery",
+    *("recovery", "ailing", "symptoms", "foretell"),
     "explain",
 )
 HARMLESS = {

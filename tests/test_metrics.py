@@ -9,7 +9,7 @@ import pytest
 from ublkwatch import __version__
 from ublkwatch.events import Transition
 from ublkwatch.metrics import Metrics
-from ublkwatch.model import DevInfo, Phase, Reason, Record, ServerId
+from ublkwatch.model import Ailment, DevInfo, Illness, Phase, Reason, Record, ServerId
 from ublkwatch.uapi import DevFlags, DevState
 
 LIVE = DevInfo(0, DevState.LIVE, DevFlags.USER_RECOVERY, 1, 128, 4096, 77)
@@ -54,6 +54,7 @@ ADOPTED: tuple[tuple[str, dict[str, str]], ...] = (
     ("server_losses", {"source": "poll"}),
     ("server_losses", {"source": "startup"}),
     ("recovery_attempt_failures", {}),
+    ("servers_ended", {"ailment": "stall"}),
 )
 
 
@@ -168,3 +169,27 @@ def test_a_device_that_was_not_read_yet_has_no_state_and_breaks_no_page() -> Non
     scraped = Scraped(replace(WATCHED, info=None))
     assert scraped.value("device_state", device="ublkb0", state="live") is None
     assert b"ublkwatch_build_info" in scraped.metrics.text()
+
+
+STALLED = replace(WATCHED, ill=Illness(Ailment.STALL, "it sleeps", 50.0))
+
+
+def test_what_ails_a_server_shows_while_it_serves() -> None:
+    scraped = Scraped(STALLED)
+    labels = {"device": "ublkb0"}
+    assert scraped.value("device_ailing", ailment="stall", **labels) == 1
+    assert scraped.value("device_ailing", ailment="dead_queue", **labels) == 0
+    scraped.records = [replace(STALLED, phase=Phase.HELD)]
+    assert scraped.value("device_ailing", ailment="stall", **labels) == 0
+
+
+def test_a_server_that_is_ended_counts_once_and_is_no_failed_attempt() -> None:
+    scraped = Scraped(STALLED)
+    assert STALLED.ill is not None
+    ended = replace(STALLED, ill=replace(STALLED.ill, condemned=True), failures=(80.0,))
+    scraped.move(STALLED, ended)
+    scraped.move(ended, replace(LOST, detected_by="stall", failures=(80.0,), ill=ended.ill))
+    assert scraped.total("servers_ended", ailment="stall") == 1
+    assert scraped.total("servers_ended", ailment="dead_queue") == 0
+    assert scraped.total("server_losses", source="stall") == 1
+    assert scraped.total("recovery_attempt_failures") == 0

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import virtual
 from patience import until
-from plain import PlainLauncher
+from plain import NO_THREADS, PlainLauncher
 
 from ublkwatch.care import Care, Job, Origin, Spec
 from ublkwatch.ctrl import CtrlError
@@ -68,6 +68,8 @@ class World(PlainLauncher):
             launcher=self,
             store=self,
             dev_ids=self.dev_ids,
+            threads=NO_THREADS,
+            traffic=lambda _: None,
             instance=self.instance,
             holds=lambda _pid, _node: True,
             publish=self.transitions.append,

@@ -16,7 +16,14 @@ from ublkwatch.care import Origin
 from ublkwatch.demo import runfile
 from ublkwatch.demo.targets import TargetSpec
 from ublkwatch.model import DevInfo
-from ublkwatch.profiles import Found, Host, belongs_elsewhere, recognise, suggestion
+from ublkwatch.profiles import (
+    Found,
+    Host,
+    belongs_elsewhere,
+    queue_threads,
+    recognise,
+    suggestion,
+)
 from ublkwatch.traits import PROFILES
 from ublkwatch.uapi import DevFlags, DevState
 
@@ -381,6 +388,8 @@ def test_the_reference_servers_run_file_is_one(machine: Machine, tmp_path: Path)
     assert found.table["group"] == "pool"
     # What the server is to fill in itself reaches it as it was.
     assert found.table["command"][-3:] == ["/dev/shm/disk-{{dev_id}}", "--group", "pool"]
+    files.write(7, [5, 6])
+    assert queue_threads(replace(INFO, ublksrv_pid=os.getpid()), machine.host) == (5, 6)
     files.remove(7)
     assert list(directory.iterdir()) == []
 
@@ -457,3 +466,34 @@ def test_the_command_that_would_register_it(exe: str, words: list[str]) -> None:
 def test_what_deletes_is_registered_only_by_somebody_who_accepts_that() -> None:
     for exe in ("/usr/bin/kublk", "/usr/bin/spdk_tgt"):
         assert "--accept-delete-on-failure" in suggestion(INFO, origin(exe)).split()
+
+
+# --- the threads that serve queues ---------------------------------------------------------------
+
+
+def test_a_run_file_declares_threads(server: Machine) -> None:
+    assert queue_threads(INFO, server.host) == ()
+    server.file("/run/ublk-servers/7.json", RUN_FILE | {"queue_threads": [5, 6]})
+    assert queue_threads(INFO, server.host) == (5, 6)
+    assert server.found("/usr/bin/anything").table, "and is believed as before"
+    assert queue_threads(replace(INFO, ublksrv_pid=1), server.host) == ()
+
+
+@pytest.mark.parametrize("tids", ["5", [0], [True], [5.0], ["5"], {"5": 5}])
+def test_threads_that_are_none(server: Machine, tids: Any) -> None:
+    server.file("/run/ublk-servers/7.json", RUN_FILE | {"queue_threads": tids})
+    assert queue_threads(INFO, server.host) == ()
+    assert "must be a list of thread ids" in server.found("/usr/bin/anything").why
+
+
+QUEUES = {"0": {"qid": 0, "tid": 5, "affinity": [0]}, "1": {"qid": 1, "tid": 6, "affinity": [1]}}
+
+
+@pytest.mark.parametrize("path", ["/run/ublksrvd/7.pid", "/run/ublksrvd/0007.json"])
+def test_ublksrvs_and_rublks_records_have_threads(machine: Machine, path: str) -> None:
+    content = {"dev_info": {"dev_id": 7}, "queues": QUEUES}
+    machine.file(path, record(queues=QUEUES) if path.endswith("pid") else content)
+    assert queue_threads(INFO, machine.host) == (5, 6)
+    assert queue_threads(replace(INFO, nr_hw_queues=3), machine.host) == (), "one is missing"
+    machine.file(path, b"{")
+    assert queue_threads(INFO, machine.host) == ()

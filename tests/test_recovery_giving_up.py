@@ -20,12 +20,12 @@ from ublkwatch.events import (
     InfoMissing,
     InfoRead,
     Kill,
-    QueueThreadLost,
     ReadInfo,
     Ready,
     SendEnd,
     SendStart,
     SendStop,
+    ServerAils,
     ServerExited,
     Spawn,
     Spawned,
@@ -36,6 +36,7 @@ from ublkwatch.events import (
     WriteLine,
 )
 from ublkwatch.model import (
+    Ailment,
     Armed,
     Exhausted,
     Generation,
@@ -248,19 +249,19 @@ def test_an_interrupted_start_is_tried_again_and_g2s_einval_believed(story: Stor
 
 def test_a_queue_thread_lost_ends_the_server_and_begins_an_outage(story: Story) -> None:
     story.watching()
-    assert story.tell(QueueThreadLost(OLD, "queue 1")) == [Kill(OLD)]
-    assert story.tell(QueueThreadLost(OLD, "queue 1")) == []
+    assert story.tell(ServerAils(OLD, Ailment.DEAD_QUEUE, "queue 1", 999.0)) == [Kill(OLD)]
+    assert story.tell(ServerAils(OLD, Ailment.DEAD_QUEUE, "queue 1", 999.0)) == []
     story.tell(ServerExited(OLD))
-    assert (story.record.phase, story.record.detected_by) == (Phase.DRAINING, "thread")
+    assert (story.record.phase, story.record.detected_by) == (Phase.DRAINING, "dead_queue")
 
 
 def test_a_queue_thread_lost_in_probation_does_not_outlive_its_server(story: Story) -> None:
     story.probation()
-    assert story.tell(QueueThreadLost(NEW, "queue 1")) == [Kill(NEW)]
+    assert story.tell(ServerAils(NEW, Ailment.DEAD_QUEUE, "queue 1", 999.0)) == [Kill(NEW)]
     story.tell(ServerExited(NEW), AttemptOver(1))
     assert story.record.detail == "queue 1"
     story.sleep()
-    assert story.record.crippled == ""
+    assert story.record.ill is None
 
 
 # --- giving up -----------------------------------------------------------------------------------

@@ -35,15 +35,16 @@ from ublkwatch.events import (
     InfoMissing,
     InfoRead,
     Kill,
-    QueueThreadLost,
     ReadInfo,
     Ready,
     Resumed,
     SendEnd,
     SendStart,
     SendStop,
+    ServerAils,
     ServerExited,
     ServerFound,
+    ServerWell,
     ShutdownBegun,
     Spawn,
     Spawned,
@@ -55,6 +56,7 @@ from ublkwatch.events import (
     WriteLine,
 )
 from ublkwatch.model import (
+    Ailment,
     Armed,
     Attach,
     Exhausted,
@@ -64,6 +66,7 @@ from ublkwatch.model import (
     Phase,
     Policy,
     Record,
+    Remedy,
     ServerId,
     SpawnVerdict,
 )
@@ -87,9 +90,9 @@ LAWS = settings.get_profile("laws")
 LAST = {Phase.OBSERVED, Phase.WATCHING, Phase.HELD, Phase.FAILED, Phase.GONE}
 ACTS = (Spawn, SendStart, SendEnd, SendStop, WriteLine, Decide)
 CHOICES = tuple(
-    replace(policy, attempts_max=attempts, on_exhausted=exhausted, chance=chance)
+    replace(policy, attempts_max=attempts, on_exhausted=exhausted, chance=chance, on_stall=remedy)
     for policy in POLICIES
-    for attempts, chance in ((1, 0.0), (3, 1.0))
+    for attempts, chance, remedy in ((1, 0.0, Remedy.ALERT), (3, 1.0, Remedy.KILL))
     for exhausted in Exhausted
 )
 REPLIES: dict[type[Effect], Callable[[int, int], Event]] = {
@@ -140,7 +143,8 @@ class World:
         for server in (record.server, record.candidate):
             if server:
                 facts += [ServerExited(server, "exit", code) for code in (0, 1)]
-                facts += [QueueThreadLost(server, "queue 0")]
+                facts += [ServerAils(server, kind, "hangs", self.now - 1) for kind in Ailment]
+                facts += [ServerWell(server)]
         if self.spawning:
             self.pid += 1
             facts += [Spawned(seq, ServerId(self.pid, 1, "boot"))] * 6
@@ -373,6 +377,13 @@ class World:
                 chosen = policy.on_exhausted is Exhausted.FAIL or policy.hold_timeout_s > 0
                 assert chosen or self.said_fail, "STOP: the operator's choice"
                 assert isinstance(event, InfoRead), "STOP: the state was read"
+            case Kill() if isinstance(event, ServerAils):
+                stall = event.kind is Ailment.STALL
+                remedy = policy.on_stall if stall else policy.on_dead_queue
+                assert remedy is Remedy.KILL, "ailing: ended by the operator's choice"
+                bound = record.held or policy.shutting_down
+                assert not bound, "ailing: hands bound"
+                assert event.server == record.server, "ailing: the one that serves"
             case Cancel():
                 assert before.pending or record.pending, "Cancel: something is with the kernel"
 

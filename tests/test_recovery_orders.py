@@ -15,10 +15,10 @@ from ublkwatch.events import (
     EndAttempt,
     EndReplied,
     Kill,
-    QueueThreadLost,
     ReadInfo,
     Ready,
     SendEnd,
+    ServerAils,
     ServerExited,
     ShutdownBegun,
     Spawn,
@@ -29,6 +29,7 @@ from ublkwatch.events import (
     WriteLine,
 )
 from ublkwatch.model import (
+    Ailment,
     Exhausted,
     Generation,
     Order,
@@ -108,7 +109,7 @@ def test_a_hold_while_the_overdue_attempt_ends_is_obeyed(story: Story) -> None:
 
 def test_a_thread_lost_while_held_is_seen_to_at_release(story: Story) -> None:
     story.watching().ask(Order.HOLD)
-    assert story.tell(QueueThreadLost(OLD, "queue 0")) == []
+    assert story.tell(ServerAils(OLD, Ailment.DEAD_QUEUE, "queue 0", 999.0)) == []
     assert story.ask(Order.RELEASE) == [Kill(OLD)]
 
 

@@ -12,12 +12,12 @@ from ublkwatch.events import (
     AttemptOver,
     EndAttempt,
     Kill,
-    QueueThreadLost,
     ReadInfo,
     Resumed,
     SendEnd,
     SendStart,
     SendStop,
+    ServerAils,
     ServerExited,
     Spawn,
     Spawned,
@@ -27,6 +27,7 @@ from ublkwatch.events import (
     WriteLine,
 )
 from ublkwatch.model import (
+    Ailment,
     Armed,
     Attach,
     Exhausted,
@@ -146,7 +147,7 @@ def test_resumed_after_giving_up_only_looks(story: Story) -> None:
 
 
 def test_resumed_with_a_crippled_server_ends_it(story: Story) -> None:
-    story.watching().tell(QueueThreadLost(OLD, "queue 0"))
+    story.watching().tell(ServerAils(OLD, Ailment.DEAD_QUEUE, "queue 0", 999.0))
     assert story.tell(Resumed(None)) == [Watch(OLD), Kill(OLD), ReadInfo()]
 
 

@@ -16,11 +16,11 @@ from ublkwatch.events import (
     EndReplied,
     Event,
     Kill,
-    QueueThreadLost,
     ReadInfo,
     Ready,
     Resumed,
     SendStart,
+    ServerAils,
     ServerExited,
     Spawn,
     Spawned,
@@ -30,6 +30,7 @@ from ublkwatch.events import (
     Woken,
 )
 from ublkwatch.model import (
+    Ailment,
     Attach,
     Exhausted,
     Generation,
@@ -238,7 +239,9 @@ def test_a_server_that_let_go_of_one_device_alone_is_not_killed(story: Story) ->
 
 
 def test_a_server_that_lost_a_thread_is_killed_whomever_it_serves(story: Story) -> None:
-    assert story.watching().tell(QueueThreadLost(OLD, "queue 0")) == [Kill(OLD)]
+    assert story.watching().tell(ServerAils(OLD, Ailment.DEAD_QUEUE, "queue 0", 999.0)) == [
+        Kill(OLD)
+    ]
 
 
 def test_a_device_of_a_shared_server_that_is_held_stays_held(story: Story) -> None:

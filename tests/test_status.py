@@ -10,8 +10,10 @@ import pytest
 
 from ublkwatch import status
 from ublkwatch.model import (
+    Ailment,
     DevInfo,
     Generation,
+    Illness,
     Phase,
     Policy,
     Reason,
@@ -93,6 +95,18 @@ def test_the_table_puts_problems_first_and_says_what_they_are() -> None:
     assert status.table(made, running=True) == TABLE
 
 
+def test_a_stalled_server_comes_first_and_is_not_well() -> None:
+    ill = Illness(Ailment.STALL, "it sleeps", NOW - 45)
+    stalled = replace(HEALTHY, dev_id=5, ill=ill)
+    made = document(HEALTHY, stalled)
+    lines = status.table(made, running=True).splitlines()
+    assert lines[0] == "2 devices, 1 watched and LIVE"
+    assert lines[3].startswith("ublkb5")
+    assert lines[4].strip() == "stalled: its server has requests and completes none (it sleeps)"
+    ails = device(stalled)
+    assert (ails["ailment"], ails["ailing_since"]) == ("stall", WALL - 45)
+
+
 def test_the_table_says_when_nobody_keeps_it_fresh() -> None:
     head = status.table(document(HEALTHY), running=False, wall=WALL + 63).splitlines()[0]
     assert head == "1 device, 1 watched and LIVE; ublkwatch is not running, this is 63 s old"
@@ -152,6 +166,8 @@ def test_a_watched_device_is_told_in_full() -> None:
         "held_by": None,
         "give_up_at": None,
         "stopped": False,
+        "ailment": None,
+        "ailing_since": None,
         "care": {},
     }
 

@@ -13,7 +13,17 @@ from pathlib import Path
 import pytest
 
 from ublkwatch.care import Origin, Spec
-from ublkwatch.model import Armed, DevInfo, Phase, QueueConfig, Reason, Record, ServerId
+from ublkwatch.model import (
+    Ailment,
+    Armed,
+    DevInfo,
+    Illness,
+    Phase,
+    QueueConfig,
+    Reason,
+    Record,
+    ServerId,
+)
 from ublkwatch.store import Store, StoreError, lock_host, read_record, replace_file
 from ublkwatch.uapi import DevFlags, DevState
 
@@ -53,7 +63,7 @@ RECORD = Record(
     ended=ServerId(55, 66, "boot"),
     refused="EBUSY",
     stopped=True,
-    crippled="thread 78",
+    ill=Illness(Ailment.STALL, "2 requests wait", 1225.0, condemned=True),
     detected_by="pidfd",
     marks=(("lost", 1229.0), ("draining", 1229.0)),
     recoveries=4,

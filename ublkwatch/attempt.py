@@ -78,7 +78,7 @@ def begin(record: Record, now: float, policy: Policy) -> Step:
         free_since=None,
         ends=0,
         refused="",
-        crippled="",
+        ill=None,
     )
     # A server that waits for its line comes up while the kernel tears down the old one's queues.
     spawn = (Spawn(seq),) if pace.starts_early(policy) else ()
@@ -292,7 +292,8 @@ def died_in_probation(record: Record, event: ServerExited, now: float, policy: P
     reason = Reason.DIED_IN_PROBATION
     if event.code in policy.permanent_exits:
         reason = Reason.PERMANENT_EXIT
-    return fail(record, reason, record.crippled or event.how, now)
+    ended = record.ill is not None and record.ill.condemned
+    return fail(record, reason, record.ill.what if record.ill and ended else event.how, now)
 
 
 # --- its end --------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ublkwatch import __version__, admin, config, explain, status
+from ublkwatch import __version__, admin, config, explain, foretell, status
 from ublkwatch.config import Config
 from ublkwatch.model import Generation, Order, Phase, Policy, Reason, Record
 from ublkwatch.settings import MATCHES, OPTIONS, SERVER, ConfigError
@@ -296,7 +296,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         hint = "`ublkwatch status` shows the devices that are"
         return _say(EXIT_REFUSED, f"ublkb{dev_id}: no such device is known; {hint}")
     record = _completed(record, document)
-    times = explain.Times(time.monotonic(), time.time(), _clock)
+    times = foretell.Times(time.monotonic(), time.time(), _clock)
     policy = _policy(dev_id, document)
     written_at = document.get("written_at")
     print(explain.explain(record, policy, times, running=running, written_at=written_at))

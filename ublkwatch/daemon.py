@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ublkwatch import admin, discover, log, server, status
+from ublkwatch import admin, discover, log, server, status, threads
 from ublkwatch.async_ring import AsyncRing
 from ublkwatch.care import Care, Origin
 from ublkwatch.config import Config
@@ -26,11 +26,11 @@ from ublkwatch.events import Transition
 from ublkwatch.kept import Kept
 from ublkwatch.lanes import Lanes
 from ublkwatch.launch import Launcher, start_worker
-from ublkwatch.library import Library, known_servers
+from ublkwatch.library import Library, declared_threads, known_servers
 from ublkwatch.metrics import Metrics, Page
 from ublkwatch.model import DevInfo, Generation, Phase, Reason, ServerId
 from ublkwatch.monitor import Monitor
-from ublkwatch.perform import Edges
+from ublkwatch.perform import Edges, Threads
 from ublkwatch.rules import Unmanaged
 from ublkwatch.settings import ConfigError
 from ublkwatch.store import Store
@@ -93,7 +93,7 @@ class Daemon:
     async def _watch(self, ctrl: UblkCtrl, features: DevFlags | None, stop: asyncio.Event) -> None:
         boot_id = server.read_boot_id()
         workers = Workers(start_worker)
-        servers = server.Servers(boot_id, self._server_exited)
+        servers = server.Servers(boot_id, self._server_exited, self._look)
         launcher = Launcher(self._settings.runtime_dir, self._ready, kind=self._settings.launcher)
         self._generation = Generation.of(features)
         settings = self._settings
@@ -106,7 +106,9 @@ class Daemon:
             servers=servers,
             launcher=launcher,
             store=self._store,
+            threads=Threads(threads.alive, threads.look, declared_threads, servers.watch_threads),
             dev_ids=discover.dev_ids,
+            traffic=discover.traffic,
             instance=partial(discover.instance, boot_id=boot_id),
             holds=server.holds,
             publish=self._publish,
@@ -183,6 +185,9 @@ class Daemon:
 
     def _server_exited(self, process: ServerId) -> None:
         self._monitor.server_exited(process)
+
+    def _look(self) -> None:
+        self._monitor.look()
 
     def _ready(self, tag: str) -> None:
         self._monitor.ready(tag)

@@ -16,11 +16,12 @@ from ublkwatch.events import (
     HoldersFound,
     InfoMissing,
     InfoRead,
-    QueueThreadLost,
     Ready,
     Resumed,
+    ServerAils,
     ServerExited,
     ServerFound,
+    ServerWell,
     ShutdownBegun,
     Spawned,
     SpawnFailed,
@@ -36,7 +37,8 @@ _AT_REST: frozenset[type[Event]] = frozenset(
         AttemptShared,
         Decided,
         HoldersFound,
-        QueueThreadLost,
+        ServerAils,
+        ServerWell,
         Ready,
         ServerFound,
         ShutdownBegun,
@@ -46,17 +48,26 @@ _AT_REST: frozenset[type[Event]] = frozenset(
 
 DEAF: dict[Phase, frozenset[type[Event]]] = {
     Phase.OBSERVED: _AT_REST,
-    Phase.WATCHING: _AT_REST - {QueueThreadLost},
+    Phase.WATCHING: _AT_REST - {ServerAils, ServerWell},
     Phase.GRACE: _AT_REST - {ShutdownBegun},
     Phase.HELD: _AT_REST,
     Phase.DRAINING: frozenset(
-        {Decided, EndReplied, QueueThreadLost, ServerFound, StartReplied, StopReplied}
+        {Decided, EndReplied, ServerAils, ServerWell, ServerFound, StartReplied, StopReplied}
     ),
     Phase.STARTING: frozenset(
-        {AttemptShared, Decided, QueueThreadLost, Ready, ServerFound, ShutdownBegun, SpawnFailed}
+        {
+            AttemptShared,
+            Decided,
+            ServerAils,
+            ServerWell,
+            Ready,
+            ServerFound,
+            ShutdownBegun,
+            SpawnFailed,
+        }
     ),
     Phase.ATTACHING: frozenset(
-        {AttemptShared, Decided, HoldersFound, QueueThreadLost, Ready, ShutdownBegun}
+        {AttemptShared, Decided, HoldersFound, ServerAils, ServerWell, Ready, ShutdownBegun}
     ),
     Phase.PROBATION: frozenset(
         {
@@ -72,7 +83,7 @@ DEAF: dict[Phase, frozenset[type[Event]]] = {
         }
     ),
     Phase.STOPPING: frozenset(
-        {Decided, HoldersFound, QueueThreadLost, Ready, ServerFound, ShutdownBegun}
+        {Decided, HoldersFound, ServerAils, ServerWell, Ready, ServerFound, ShutdownBegun}
     ),
     Phase.BACKOFF: frozenset(
         {
@@ -81,7 +92,8 @@ DEAF: dict[Phase, frozenset[type[Event]]] = {
             Decided,
             EndReplied,
             HoldersFound,
-            QueueThreadLost,
+            ServerAils,
+            ServerWell,
             Ready,
             ServerFound,
             SpawnFailed,
@@ -95,7 +107,8 @@ DEAF: dict[Phase, frozenset[type[Event]]] = {
             AttemptOver,
             EndReplied,
             HoldersFound,
-            QueueThreadLost,
+            ServerAils,
+            ServerWell,
             Ready,
             ServerFound,
             SpawnFailed,
@@ -104,14 +117,15 @@ DEAF: dict[Phase, frozenset[type[Event]]] = {
         }
     ),
     Phase.FAILING: frozenset(
-        {Asked, Decided, HoldersFound, QueueThreadLost, Ready, ServerFound, SpawnFailed}
+        {Asked, Decided, HoldersFound, ServerAils, ServerWell, Ready, ServerFound, SpawnFailed}
     ),
     Phase.FAILED: frozenset(
         {
             AttemptShared,
             Decided,
             HoldersFound,
-            QueueThreadLost,
+            ServerAils,
+            ServerWell,
             Ready,
             ServerFound,
             ShutdownBegun,
@@ -128,7 +142,8 @@ DEAF: dict[Phase, frozenset[type[Event]]] = {
             HoldersFound,
             InfoMissing,
             InfoRead,
-            QueueThreadLost,
+            ServerAils,
+            ServerWell,
             Ready,
             Resumed,
             ServerExited,

@@ -14,7 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ublkwatch.model import Traffic
+
 _SYSFS = Path("/sys")
+# Documentation/block/stat.rst: read, write, discard and flush requests completed.
+_COMPLETED = (0, 4, 11, 15)
 _KERNEL_GROUP = 1  # uevents as the kernel sends them; group 2 repeats udevd's view of them
 
 
@@ -37,6 +41,21 @@ def instance(dev_id: int, boot_id: str, sysfs: Path = _SYSFS) -> str | None:
     except OSError:
         return None
     return f"{boot_id}/{diskseq}"
+
+
+def traffic(dev_id: int, sysfs: Path = _SYSFS) -> Traffic | None:
+    """Return what the block layer counts of a device's disk; None while it has none.
+
+    Neither file waits for the device (measured with a server that is stopped, and with a STOP_DEV
+    that hangs), and partitions are counted in. With queue/iostats off both stand still.
+    """
+    home = sysfs / f"block/ublkb{dev_id}"
+    try:
+        inflight = sum(map(int, (home / "inflight").read_text().split()))
+        counts = [int(count) for count in (home / "stat").read_text().split()]
+    except (OSError, ValueError):
+        return None
+    return Traffic(inflight, sum(counts[at] for at in _COMPLETED if at < len(counts)))
 
 
 def _load_pyroute2() -> Any:

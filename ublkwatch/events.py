@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ublkwatch.model import DevInfo, Order, Record, ServerId, SpawnVerdict
+from ublkwatch.model import Ailment, DevInfo, Order, Record, ServerId, SpawnVerdict
 
 # --- facts: past tense, the machine's only input -------------------------------------------------
 
@@ -33,11 +33,20 @@ class ServerExited:
 
 
 @dataclass(frozen=True, slots=True)
-class QueueThreadLost:
-    """A thread that serves a queue is gone while its process lives: that queue's I/O hangs."""
+class ServerAils:
+    """A server lives, and I/O hangs in it, since then."""
 
     server: ServerId
-    what: str
+    kind: Ailment
+    what: str  # for people
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServerWell:
+    """Requests of a server that was stalled are completed again, or none is left."""
+
+    server: ServerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +173,8 @@ Event = (
     InfoRead
     | InfoMissing
     | ServerExited
-    | QueueThreadLost
+    | ServerAils
+    | ServerWell
     | Spawned
     | Ready
     | SpawnFailed

@@ -133,6 +133,11 @@ class Library:
         self._book = Book(ordered(rules), self._known(settings))
 
 
+def declared_threads(info: DevInfo) -> tuple[int, ...]:
+    """Return the threads that a device's server declares to serve its queues; it reads files."""
+    return profiles.queue_threads(info, profiles.Host(check_executable, open_trusted))
+
+
 def known_servers(settings: Config) -> Profiles:
     """Return what profiles make of a device that no rule names; it reads files."""
     host = profiles.Host(check_executable, open_trusted)

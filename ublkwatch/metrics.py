@@ -17,11 +17,12 @@ from prometheus_client.registry import Collector
 
 from ublkwatch import __version__
 from ublkwatch.events import Transition
-from ublkwatch.model import Phase, Record, RecoveryMode
-from ublkwatch.status import state_name
+from ublkwatch.model import Ailment, Phase, Record, RecoveryMode
+from ublkwatch.status import complaint, state_name
 from ublkwatch.uapi import DevState
 
 _STATES = tuple(state.name.lower() for state in DevState if state is not DevState.DEAD)
+_AILMENTS = tuple(ailment.value for ailment in Ailment)
 _BUCKETS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1, 2.5, 5, 10, 30, 60, 120, 300),
@@ -63,6 +64,12 @@ class Metrics:
             ["device"],
             registry=self.registry,
         )
+        self._ended = Counter(
+            "ublkwatch_servers_ended",
+            "Servers ended because I/O hung in them, by what ailed them.",
+            ["device", "ailment"],
+            registry=self.registry,
+        )
         self._duration = Histogram(
             "ublkwatch_recovery_duration_seconds",
             "From the detection of a lost server to LIVE under a new one.",
@@ -76,7 +83,9 @@ class Metrics:
         device = f"ublkb{after.dev_id}"
         if after.phase is Phase.DRAINING and after.marks[:1] != before.marks[:1]:
             self._exits.labels(device, after.detected_by).inc()
-        if after.failures and after.failures[-1] not in before.failures:
+        if after.ill and after.ill.condemned and not (before.ill and before.ill.condemned):
+            self._ended.labels(device, after.ill.kind.value).inc()
+        elif after.failures and after.failures[-1] not in before.failures:
             self._failures.labels(device).inc()
         if after.phase is Phase.WATCHING and before.phase is Phase.PROBATION:
             self._recoveries.labels(device, "success").inc()
@@ -96,12 +105,14 @@ class Metrics:
     def _create(self, device: str) -> None:
         for result in ("success", "gave_up"):
             self._recoveries.labels(device, result)
-        for source in ("pidfd", "poll", "startup"):
+        for source in ("pidfd", "poll", "startup", *_AILMENTS):
             self._exits.labels(device, source)
+        for ailment in _AILMENTS:
+            self._ended.labels(device, ailment)
         self._failures.labels(device)
 
     def _remove(self, device: str) -> None:
-        for metric in (self._recoveries, self._exits, self._failures):
+        for metric in (self._recoveries, self._exits, self._failures, self._ended):
             for child in [s.labels for m in metric.collect() for s in m.samples]:
                 if child["device"] == device:
                     metric.remove(*(child[name] for name in metric._labelnames))  # noqa: SLF001
@@ -133,6 +144,11 @@ class _Devices(Collector):
             "Whether the device has a server that is alive.",
             labels=["device"],
         )
+        ailing = GaugeMetricFamily(
+            "ublkwatch_device_ailing",
+            "Whether I/O hangs in the server of a device that is LIVE, by what ails it.",
+            labels=["device", "ailment"],
+        )
         info = InfoMetricFamily(
             "ublkwatch_device", "What the device is.", labels=["device", "dev_id", "recovery_mode"]
         )
@@ -147,6 +163,9 @@ class _Devices(Collector):
             for each in Phase:
                 phase.add_metric([device, each.value], float(each is record.phase))
             up.add_metric([device], float(record.server is not None))
+            ails = record.ill.kind.value if record.ill and complaint(record) else ""
+            for ailment in _AILMENTS:
+                ailing.add_metric([device, ailment], float(ailment == ails))
             mode = RecoveryMode.of(record.info.flags).value
             info.add_metric(
                 [], {"device": device, "dev_id": str(record.dev_id), "recovery_mode": mode}
@@ -156,7 +175,7 @@ class _Devices(Collector):
             "Control workers given up because a command of theirs was not answered in time.",
             value=self._retired(),
         )
-        return [build, info, state, phase, up, retired]
+        return [build, info, state, phase, up, ailing, retired]
 
 
 class Page:

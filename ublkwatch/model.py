@@ -88,6 +88,14 @@ class QueueConfig:
     params: dict[str, dict[str, int]]
 
 
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What the block layer counts of a disk: /sys/block/*/inflight and stat (its documentation)."""
+
+    inflight: int  # requests that its server has
+    completed: int  # requests ever, however they ended
+
+
 # --- what we make of it --------------------------------------------------------------------------
 
 
@@ -159,6 +167,23 @@ class Armed(Enum):
     YES = "yes"  # it returned 0
 
 
+class Ailment(Enum):
+    """What is wrong with a server whose process lives, which the kernel does not see."""
+
+    DEAD_QUEUE = "dead_queue"  # a thread that it declared to serve a queue is gone
+    STALL = "stall"  # it has requests and completes none
+
+
+@dataclass(frozen=True, slots=True)
+class Illness:
+    """What ails the server of a device, and what was done about it."""
+
+    kind: Ailment
+    what: str  # for people
+    since: float
+    condemned: bool = False  # it was sent SIGKILL for that, or is about to be
+
+
 class SpawnVerdict(Enum):
     """Why no server was started: what the launcher, or the pre_recover command, made of it."""
 
@@ -217,8 +242,8 @@ class Record:
     ended: ServerId | None = None  # the last process that we saw end: who still names it is late
     refused: str = ""  # END's EBUSY, until the state has told what it means
     stopped: bool = False  # we sent STOP_DEV, and it was done
-    crippled: str = ""  # what its server lost, for which it was killed
-    detected_by: str = ""  # "pidfd", "poll", "startup" or "thread"
+    ill: Illness | None = None  # what ails the server
+    detected_by: str = ""  # "pidfd", "poll", "startup"; or for what ailment we ended it
     marks: tuple[tuple[str, float], ...] = ()  # (phase entered, when) since the server was lost
     recoveries: int = 0
     last_held_s: float | None = None  # of the last recovery, from detection to LIVE
@@ -254,6 +279,13 @@ class Exhausted(Enum):
     EXEC = "exec"  # a command of the operator's decides
 
 
+class Remedy(Enum):
+    """What is done about a server that ails."""
+
+    ALERT = "alert"  # it is said, and left to the operator
+    KILL = "kill"  # SIGKILL, and the ordinary recovery
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
     """The operator's choices, the kernel's kind and the dice, for one device. Times in seconds."""
@@ -267,6 +299,9 @@ class Policy:
     chance: float = 1.0  # from 0 to 1, drawn anew for every step: the machine has no dice
     handoff: Handoff = Handoff.MANAGED
     attach: Attach = Attach.LINE
+    stall_timeout_s: float = 30.0  # without any request completed while some wait; 0: not watched
+    on_stall: Remedy = Remedy.ALERT
+    on_dead_queue: Remedy = Remedy.KILL  # which nothing else can cure
     grace_s: float = 0.0  # before we act, for sites where others restart servers
     attempts_max: int = 5  # failed attempts in a recovery or within the window, then given up
     window_s: float = 60.0

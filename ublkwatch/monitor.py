@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections import deque
 from dataclasses import dataclass, replace
 
 from ublkwatch import orders, recovery
@@ -31,8 +30,10 @@ from ublkwatch.events import (
 )
 from ublkwatch.model import DevInfo, Phase, Policy, Reason, Record, ServerId
 from ublkwatch.perform import Edges, Performer
+from ublkwatch.pulse import Pulse
 from ublkwatch.starts import tag_of
 from ublkwatch.uapi import DevState
+from ublkwatch.unsaved import Unsaved
 from ublkwatch.who import Who
 
 _log = logging.getLogger("ublkwatch")
@@ -41,7 +42,6 @@ _SAVE_RETRY_S = 1.0
 _STALL_S = 2.0  # without a turn of the loop, beyond the poll's interval
 _HOUSEKEEPING_S = 5.0
 _UNKNOWN = "no such device is known"
-_TOLD_ANEW = (InfoRead, InfoMissing, Woken)  # by the next poll, or the timer
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,11 @@ class Monitor:
         self._records: dict[int, Record] = {}
         self._inbox: asyncio.Queue[tuple[int, Event | _DiskAgain]] = asyncio.Queue()
         self._timers: dict[int, asyncio.TimerHandle] = {}
-        self._unsaved: dict[int, deque[Event]] = {}  # facts that wait for the disk, in their order
+        self._unsaved = Unsaved()
         self._who = Who(edges, policy, specs, self._records.get)
         self.care, self.origin = self._who.care, self._who.origin
         self._performer = Performer(edges, specs, self)
+        self._pulse = Pulse(edges, self, self._performer.spawn)
         self._waiting: dict[int, asyncio.Future[str]] = {}  # for an order to be taken, by its id()
         self._shutting_down = False
         self._unreadable: dict[int, int | None] = {}  # by device: what GET_DEV_INFO failed with
@@ -167,10 +168,10 @@ class Monitor:
             dev_id, event = await self._inbox.get()
             if isinstance(event, _DiskAgain):
                 self._catch_up(dev_id, event.fact)
-            elif (waiting := self._unsaved.get(dev_id)) is None:
+            elif dev_id in self._unsaved:
+                self._unsaved.keep(dev_id, event)
+            else:
                 self._take(dev_id, event)
-            elif not isinstance(event, _TOLD_ANEW):
-                waiting.append(event)
 
     def post(self, dev_id: int, event: Event) -> None:
         self._inbox.put_nowait((dev_id, event))
@@ -187,7 +188,8 @@ class Monitor:
         try:
             after, effects = recovery.step(before, event, now, policy)
             if not self._commit(before, after, dev_id):
-                self._put_off(dev_id, event)
+                self._unsaved.keep(dev_id, event)  # and all that come behind it
+                self._performer.spawn(dev_id, self._try_again(dev_id))
                 return
             self._records[dev_id] = after
             if after.phase is Phase.GONE:
@@ -202,7 +204,7 @@ class Monitor:
             return
         if isinstance(event, Asked):
             self._taken(event, orders.objection(before, event.order, policy))
-        if (before.phase, before.reason, before.seq) != (after.phase, after.reason, after.seq):
+        if _told(before) != _told(after):
             name = type(event).__name__
             self._edges.publish(Transition(self._edges.wall(), now, before, after, name, effects))
         if after.phase in (Phase.PROBATION, Phase.WATCHING) and before.phase is not after.phase:
@@ -249,37 +251,24 @@ class Monitor:
             return False
         return True
 
-    def _put_off(self, dev_id: int, event: Event) -> None:
-        """Keep a fact until the disk takes records again, and all that come behind it.
-
-        What is told anew anyway is not kept: a read that is seconds old is no truth any more.
-        """
-        waiting = self._unsaved.setdefault(dev_id, deque())
-        if not isinstance(event, _TOLD_ANEW):
-            waiting.appendleft(event)
-        self._performer.spawn(dev_id, self._try_again(dev_id))
-
     async def _try_again(self, dev_id: int) -> None:
         await asyncio.sleep(_SAVE_RETRY_S)
         self._inbox.put_nowait((dev_id, _DiskAgain(await self._ask(dev_id))))
 
     def _catch_up(self, dev_id: int, now_true: Event | None) -> None:
-        """Step what was put off: ended processes, then what is true now, then what was answered."""
-        put_off = self._unsaved.pop(dev_id, deque())
-        ends = [event for event in put_off if isinstance(event, ServerExited)]
-        rest = [event for event in put_off if not isinstance(event, ServerExited)]
-        waiting = deque([*ends, *([now_true] if now_true else []), *rest])
+        """Step what was put off, as far as the disk takes it."""
+        waiting = self._unsaved.release(dev_id, [now_true] if now_true else [])
         while waiting and dev_id not in self._unsaved:
             self._take(dev_id, waiting.popleft())
         if dev_id in self._unsaved:
-            self._unsaved[dev_id].extend(waiting)
+            self._unsaved.keep(dev_id, *waiting)
         elif (record := self._records.get(dev_id)) is not None:
             self._arm(record)
 
     def quarantine(self, dev_id: int, error: BaseException) -> None:
         """Keep the hands off a device over which our own code failed; the others live on."""
         _log.error("ublk %d: a bug in ublkwatch: %r", dev_id, error, exc_info=error)
-        self._unsaved.pop(dev_id, None)  # else nobody would take what is told of it any more
+        self._unsaved.drop(dev_id)  # else nobody would take what is told of it any more
         before, now = self._records.get(dev_id), self._edges.clock()
         if before is not None and before.reason is not Reason.INTERNAL_ERROR:
             after = recovery.quarantined(before, repr(error), now)
@@ -291,7 +280,7 @@ class Monitor:
         del self._records[dev_id]
         if timer := self._timers.pop(dev_id, None):
             timer.cancel()
-        self._unsaved.pop(dev_id, None)
+        self._unsaved.drop(dev_id)
         self._who.forget(dev_id)
         self._edges.kept.drop(dev_id)
         self._edges.store.drop_record(dev_id)
@@ -318,6 +307,7 @@ class Monitor:
             for dev_id, error in zip(ids, came, strict=True):
                 if isinstance(error, Exception):
                     self.quarantine(dev_id, error)
+            self._pulse.look(self.records(), 2 * interval_s + _STALL_S)
             self.polls += 1
             if self._edges.clock() >= housekeeping:
                 self._edges.launcher.keep_only({tag_of(record) for record in self.all_records()})
@@ -391,6 +381,12 @@ class Monitor:
             self._edges.store.drop_record(dev_id)
             if former.phase in ATTEMPTING:
                 self._performer.spawn(dev_id, self._performer.ends.abandon(former))
+
+
+def _told(record: Record) -> object:
+    """Return what subscribers are told of when it changes."""
+    ill = record.ill and (record.ill.kind, record.ill.condemned)
+    return record.phase, record.reason, record.seq, ill
 
 
 def _lasting(record: Record) -> Record:

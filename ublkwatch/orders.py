@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ublkwatch import attempt, verdict
+from ublkwatch import ailing, attempt, verdict
 from ublkwatch.events import Asked, ReadInfo
 from ublkwatch.model import Armed, Generation, Handoff, Order, Phase, Policy, Reason, Record
 from ublkwatch.uapi import DevState
@@ -65,6 +65,8 @@ def _cannot_begin(record: Record, policy: Policy) -> str:
         known = record.reason in (Reason.NEVER_SEEN_LIVE, Reason.FORGOTTEN) and state in _DOWN
         if not (back or known):
             return f"there is nothing to recover: {_why(record)}"
+    elif record.phase is Phase.WATCHING and record.ill:
+        return "its server was sent SIGKILL already" if record.ill.condemned else ""
     elif record.phase not in WAITING:
         return f"it is {record.phase.value} already"
     # How far a delegate came only its operator can tell, who may vouch for it.
@@ -114,8 +116,8 @@ def release(record: Record, now: float, policy: Policy) -> Step:
             return record, ()
         case Phase.FAILED if record.overdue and not (record.stopped or policy.shutting_down):
             return verdict.failing(record, now, policy)
-        case Phase.WATCHING | Phase.PROBATION if record.crippled:
-            return record, verdict.strays(record)
+        case Phase.WATCHING | Phase.PROBATION:
+            return ailing.treat(record, now, policy)
     return record, ()
 
 
@@ -130,6 +132,8 @@ def _again(record: Record, now: float, policy: Policy) -> Step:
     """Begin now, with a new budget: the operator vouches for it."""
     if record.phase is Phase.OBSERVED and record.info and record.info.state is DevState.LIVE:
         return replace(record, reason=None, detail=""), (ReadInfo(),)
+    if record.phase is Phase.WATCHING:  # and its server ails
+        return ailing.end(replace(record, failures=(), held=False, held_until=None, held_by=""))
     started = record.marks or (("lost", now),)
     armed = record.armed
     if policy.generation is Generation.G2 and record.reason is Reason.START_REFUSED:

@@ -200,14 +200,15 @@ def lost(record: Record, now: float, policy: Policy, by: str) -> Step:
         return _hands_off(record, why, now, policy), ()
     stable = record.phase is Phase.WATCHING and now - record.since >= policy.stable_s
     recent = tuple(at for at in record.failures if now - at <= policy.window_s)
+    ill = record.ill if record.ill and record.ill.condemned else None
     record = replace(
         record,
         reason=Reason.GRACE,
-        detail=record.crippled,
-        detected_by="thread" if record.crippled else by,
+        detail=ill.what if ill else "",
+        detected_by=ill.kind.value if ill else by,
         attempts=0,
         decisions=0,
-        failures=() if stable else recent,
+        failures=record.failures if ill else () if stable else recent,
         marks=(("lost", now),),
         give_up_at=verdict.patience_ends(record, now, policy),
         overdue=False,

@@ -24,7 +24,7 @@ def let_go(record: Record) -> bool:
 
     One read that agrees with the ended process is enough, else two in a row.
     """
-    seen_ended = record.detected_by in ("pidfd", "thread")
+    seen_ended = record.detected_by not in ("", "poll", "startup")
     return not record.server and record.agreed >= (1 if seen_ended else 2)
 
 

@@ -10,7 +10,7 @@ import asyncio
 import errno
 import json
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -40,9 +40,10 @@ from ublkwatch.events import (
     WriteLine,
 )
 from ublkwatch.lanes import Lanes
-from ublkwatch.model import DevInfo, QueueConfig, Record
+from ublkwatch.model import DevInfo, QueueConfig, Record, ServerId, Traffic
 from ublkwatch.rules import Unmanaged
 from ublkwatch.starts import about, tag_of
+from ublkwatch.symptoms import Thread
 
 _log = logging.getLogger("ublkwatch")
 
@@ -83,6 +84,16 @@ class Store(Protocol):
     def save_spec(self, spec: Spec) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Threads:
+    """The threads of servers: which live, what they do, which serve queues, and when one ends."""
+
+    alive: Callable[[int], set[int]]
+    look: Callable[[int], dict[int, Thread]]
+    declared: Callable[[DevInfo], tuple[int, ...]]
+    watch: Callable[[ServerId, Iterable[int]], None]
+
+
 @dataclass
 class Edges:
     """The world, as the monitor reaches it."""
@@ -92,7 +103,9 @@ class Edges:
     servers: ends.Servers
     launcher: Launcher
     store: Store
+    threads: Threads
     dev_ids: Callable[[], set[int]]
+    traffic: Callable[[int], Traffic | None]
     instance: Callable[[int], str | None]
     holds: Callable[[int, str], bool]
     publish: Callable[[Transition], None]

@@ -8,6 +8,7 @@ why there is none. docs/servers.md has a page for each server, and what was seen
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -29,6 +30,7 @@ RUN_FILES: Final = Path("/run/ublk-servers")  # of servers by the attach contrac
 _RUN_FILE_MAX: Final = 1 << 16  # bytes; a record of 32 queues takes 3 KiB
 _RUN_FILE_KEYS: Final = {"version", "dev_id", "pid", "handoff", "attach", "command"}
 _RUN_FILE_MORE: Final = {"group", "name"}
+_QUEUE_THREADS: Final = "queue_threads"
 _DELETED: Final = " (deleted)"  # what /proc/PID/exe says behind a name that was replaced
 # Parts of a control group's path that container runtimes and their orchestrators put there.
 _CONTAINER: Final = re.compile(
@@ -101,6 +103,36 @@ def recognise(
     return found
 
 
+def queue_threads(info: DevInfo, host: Host) -> tuple[int, ...]:
+    """Return the threads that a device's server declares to serve its queues; none: it does not.
+
+    What is found may be a predecessor's word: only threads that the server has are its own.
+    """
+    readers = {
+        RUN_FILES / f"{info.dev_id}.json": _declared,
+        _UBLKSRV_RUN / f"{info.dev_id}.pid": _declared_by_ublksrv,
+        _UBLKSRV_RUN / f"{info.dev_id:04}.json": _declared_by_ublksrv,
+    }
+    for path, declared in readers.items():
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            if tids := declared(info, path, host):
+                return tids
+    return ()
+
+
+def _declared(info: DevInfo, path: Path, host: Host) -> tuple[int, ...]:
+    content = _json(_read(host.open_trusted(_at(host, path))))
+    check_run_file(content, dev_id=info.dev_id, pid=info.ublksrv_pid)
+    return tuple(content.get(_QUEUE_THREADS, ()))
+
+
+def _declared_by_ublksrv(info: DevInfo, path: Path, host: Host) -> tuple[int, ...]:
+    """Read what ublksrv and rublk have in common: "queues", by their numbers."""
+    content = _read(_open_shared(_at(host, path)))
+    queues = _json(content[content.index(b"{") :])["queues"]
+    return tuple(int(queues[str(queue)]["tid"]) for queue in range(info.nr_hw_queues))
+
+
 def suggestion(info: DevInfo, origin: Origin | None = None) -> str:
     """Return the command that would register a device; what nobody can know stands in capitals."""
     exe = origin.exe.removesuffix(_DELETED) if origin else ""
@@ -145,7 +177,7 @@ def check_run_file(content: Mapping[str, Any], *, dev_id: int, pid: int) -> None
     """Check a run file of the attach contract for that device and its server; ValueError if bad."""
     if content.get("version") != 1:
         raise ValueError(f"version {content.get('version')!r} is not 1")
-    if unknown := content.keys() - _RUN_FILE_KEYS - _RUN_FILE_MORE:
+    if unknown := content.keys() - _RUN_FILE_KEYS - _RUN_FILE_MORE - {_QUEUE_THREADS}:
         raise ValueError(f"unknown key {min(unknown)!r}")
     if missing := _RUN_FILE_KEYS - content.keys():
         raise ValueError(f"{min(missing)!r} is missing")
@@ -158,6 +190,9 @@ def check_run_file(content: Mapping[str, Any], *, dev_id: int, pid: int) -> None
     for key in _RUN_FILE_MORE & content.keys():
         if not isinstance(content[key], str):
             raise ValueError(f"{key}: must be a text, not {content[key]!r}")  # noqa: TRY004
+    tids = content.get(_QUEUE_THREADS, [])
+    if not isinstance(tids, list) or not all(type(tid) is int and tid > 0 for tid in tids):
+        raise ValueError(f"{_QUEUE_THREADS}: must be a list of thread ids, not {tids!r}")
     command = content["command"]
     if not isinstance(command, list) or not all(isinstance(w, str) and w for w in command):
         raise ValueError("command: must be a list of words")

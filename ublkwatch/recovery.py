@@ -33,13 +33,16 @@ changes nothing is written down (``DEAF``). The rules, each held by a test:
     server is known to be dead.
 13. A process that serves other devices too is not ended for one device's sake: that one is given
     up, and has one more attempt when the process ends. Half attached on G2, it has none.
+14. A server that lives while I/O hangs in it is ended only where the operator chose that (for a
+    dead queue it is the default), or asks for it; then whomever else it serves. It costs as much of
+    the budget as an attempt that failed, and where that is spent the device is left as it is.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from ublkwatch import attempt, orders, outage, pace, shared, timers, verdict
+from ublkwatch import ailing, attempt, orders, outage, pace, shared, timers, verdict
 from ublkwatch.deaf import DEAF
 from ublkwatch.events import (
     Asked,
@@ -53,12 +56,13 @@ from ublkwatch.events import (
     InfoMissing,
     InfoRead,
     Kill,
-    QueueThreadLost,
     ReadInfo,
     Ready,
     Resumed,
+    ServerAils,
     ServerExited,
     ServerFound,
+    ServerWell,
     ShutdownBegun,
     Spawned,
     SpawnFailed,
@@ -107,8 +111,8 @@ def answer(record: Record, event: Event, now: float, policy: Policy) -> Step:
             return outage.on_info(record, event, now, policy)
         case ServerExited():
             return _on_exit(record, event, now, policy)
-        case QueueThreadLost():
-            return _on_thread_lost(record, event, policy)
+        case ServerAils() | ServerWell():
+            return ailing.told(record, event, now, policy)
         case Woken():
             return timers.woken(record, now, policy)
         case Resumed():
@@ -289,15 +293,6 @@ def _on_exit(record: Record, event: ServerExited, now: float, policy: Policy) ->
         case Phase.FAILING:
             return record, (ReadInfo(),)
     return record, ()
-
-
-def _on_thread_lost(record: Record, event: QueueThreadLost, policy: Policy) -> Step:
-    """End a server that lost a queue: that hangs for ever, and only another server cures it."""
-    watched = record.phase in (Phase.WATCHING, Phase.PROBATION) and event.server == record.server
-    if not watched or record.crippled:
-        return record, ()
-    bound = verdict.hands_bound(record, policy)
-    return replace(record, crippled=event.what), () if bound else (Kill(event.server),)
 
 
 def _on_shutdown(record: Record, now: float, policy: Policy) -> Step:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ublkwatch import attempt, orders, pace, verdict
+from ublkwatch import ailing, attempt, orders, pace, verdict
 from ublkwatch.events import EndAttempt, FindServer, ReadInfo, SendStart, Watch
 from ublkwatch.model import Armed, Handoff, Phase, Policy, Reason, Record, ServerId
 from ublkwatch.verdict import Step
@@ -73,8 +73,9 @@ def _go_on(  # noqa: C901, PLR0912 - one arm for each phase
             return attempt.attach(record, now, policy)
         case Phase.ATTACHING:
             return attempt.send_end(replace(record, wake=pace.attach_by(record, policy), ends=0))
-        case Phase.WATCHING | Phase.PROBATION if record.crippled and not record.held:
-            return record, (*verdict.strays(record), ReadInfo())
+        case Phase.WATCHING | Phase.PROBATION if record.ill:
+            record, effects = ailing.treat(record, now, policy)
+            return record, (*effects, ReadInfo())
         case Phase.PROBATION if not record.server:  # who serves was being looked for
             wake = now + policy.probation_s
             return replace(record, wake=wake), (FindServer(record.seq), ReadInfo())

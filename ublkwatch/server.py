@@ -11,7 +11,7 @@ import contextlib
 import os
 import select
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from ublkwatch.model import TAG_VARIABLE, ServerId
 from ublkwatch.together import Together
 
 _NODE = "/dev/ublkc"
+_PIDFD_THREAD = os.O_EXCL  # include/uapi/linux/pidfd.h
 
 
 def read_boot_id() -> str:
@@ -73,8 +74,18 @@ def _cgroup(home: Path) -> str:
 class Servers:
     """The processes that ublkwatch knows, each by a pidfd."""
 
-    def __init__(self, boot_id: str, report: Callable[[ServerId], None]) -> None:
-        """``report`` is told, from the loop, of each watched process that has ended, once."""
+    def __init__(
+        self,
+        boot_id: str,
+        report: Callable[[ServerId], None],
+        thread_ended: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``report`` is told, from the loop, of each watched process that has ended, once.
+
+        ``thread_ended`` is called when a watched thread has: then is the time to look.
+        """
+        self._thread_ended = thread_ended
+        self._threads: dict[ServerId, set[int]] = {}  # pidfds
         self._boot_id = boot_id
         self._report = report
         self._loop = asyncio.get_running_loop()
@@ -112,6 +123,30 @@ class Servers:
             return
         self._pidfds[server] = pidfd
         self._loop.add_reader(pidfd, self._exited, server)
+
+    def watch_threads(self, server: ServerId, tids: Iterable[int]) -> None:
+        """Call ``thread_ended`` when one of these threads of a watched process has ended.
+
+        A hint, which Linux before 6.9 does not give (PIDFD_THREAD): the poll looks, too.
+        """
+        if server not in self._pidfds:
+            return  # it has ended
+        for tid in tids:
+            with contextlib.suppress(OSError):
+                pidfd = os.pidfd_open(tid, _PIDFD_THREAD)
+                self._threads.setdefault(server, set()).add(pidfd)
+                self._loop.add_reader(pidfd, self._end_thread, server, pidfd)
+
+    def _end_thread(self, server: ServerId, pidfd: int) -> None:
+        self._threads[server].discard(pidfd)
+        self._loop.remove_reader(pidfd)
+        os.close(pidfd)
+        self._thread_ended()
+
+    def _forget_threads(self, server: ServerId) -> None:
+        for pidfd in self._threads.pop(server, ()):
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)
 
     def kill(self, server: ServerId) -> None:
         """SIGKILL it; its end is reported as any other (also when there is nobody to kill)."""
@@ -160,6 +195,8 @@ class Servers:
 
     def close(self) -> None:
         """Stop watching; the processes live on."""
+        for server in list(self._threads):
+            self._forget_threads(server)
         for pidfd in self._pidfds.values():
             self._loop.remove_reader(pidfd)
             os.close(pidfd)
@@ -182,6 +219,7 @@ class Servers:
         pidfd = self._pidfds.pop(server)
         self._loop.remove_reader(pidfd)
         os.close(pidfd)
+        self._forget_threads(server)
         self._report(server)
 
 

@@ -63,6 +63,16 @@ METRICS = {
 # Each may stand in [recovery], for all devices, and in a [[device]], for that one. Their names are
 # those of Policy's fields.
 RECOVERY = {
+    "stall_timeout_s": _key(
+        _DEFAULT.stall_timeout_s,
+        "seconds without a request completed, while some wait, that are a stall; 0: not looked for",
+        0,
+        _DAY_S,
+    ),
+    "on_stall": _key(_DEFAULT.on_stall, "what is done about a server that stalls"),
+    "on_dead_queue": _key(
+        _DEFAULT.on_dead_queue, "what is done about a server that lost a queue's thread"
+    ),
     "grace_s": _key(_DEFAULT.grace_s, "seconds that others have to recover it", 0, _DAY_S),
     "attempts_max": _key(_DEFAULT.attempts_max, "failed attempts until giving up", 1, 100),
     "window_s": _key(_DEFAULT.window_s, "seconds for which a failed attempt counts", 1, _DAY_S),

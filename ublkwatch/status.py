@@ -12,7 +12,16 @@ from dataclasses import fields, replace
 from enum import Enum
 from typing import Any
 
-from ublkwatch.model import DevInfo, Generation, Phase, Policy, Reason, Record, RecoveryMode
+from ublkwatch.model import (
+    Ailment,
+    DevInfo,
+    Generation,
+    Phase,
+    Policy,
+    Reason,
+    Record,
+    RecoveryMode,
+)
 from ublkwatch.uapi import DevFlags, DevState
 
 SCHEMA_VERSION = 1
@@ -101,6 +110,8 @@ def _device(record: Record, policy: Policy, now: float, offset: float) -> dict[s
         "held_by": record.held_by or None,
         "give_up_at": None if record.give_up_at is None else record.give_up_at + offset,
         "stopped": record.stopped,
+        "ailment": record.ill.kind.value if record.ill and complaint(record) else None,
+        "ailing_since": record.ill.since + offset if record.ill and complaint(record) else None,
         "care": policy_document(policy) if policy.has_spec else None,
     }
 
@@ -147,6 +158,19 @@ def info_from(device: dict[str, Any]) -> DevInfo | None:
     )
 
 
+_AILS = {
+    Ailment.STALL: "stalled: its server has requests and completes none",
+    Ailment.DEAD_QUEUE: "a queue is dead: the thread that served it is gone, and its I/O hangs",
+}
+
+
+def complaint(record: Record) -> str:
+    """Return what ails the server of a device that is LIVE; empty when nothing does."""
+    if record.ill is None or record.phase not in (Phase.WATCHING, Phase.PROBATION):
+        return ""
+    return f"{_AILS[record.ill.kind]} ({record.ill.what})"
+
+
 def explanation(record: Record) -> str:
     """Say in one line why the device is not simply watched; empty when it is."""
     why = record.reason.value if record.reason else ""
@@ -157,6 +181,8 @@ def explanation(record: Record) -> str:
             why = f"{waits}: {record.holders}" if record.holders else waits
         case Phase.STARTING if record.holders:
             why = f"START_USER_RECOVERY is sent again while EBUSY: {record.holders}"
+        case Phase.WATCHING | Phase.PROBATION if complaint(record):
+            why = complaint(record)
         case Phase.WATCHING:
             why = ""
         case Phase.DECIDING:
@@ -177,8 +203,8 @@ _COLUMNS = ("DEVICE", "STATE", "PHASE", "SERVER", "QUEUES", "I/O ON A CRASH", "R
 def table(status: dict[str, Any], *, running: bool, wall: float | None = None) -> str:
     """Return the table for people, problems first; a summary line heads it."""
     wall = time.time() if wall is None else wall
-    devices = sorted(status["devices"], key=lambda d: (d["phase"] == "watching", d["dev_id"]))
-    watched = sum(device["phase"] == "watching" for device in devices)
+    devices = sorted(status["devices"], key=lambda device: (_is_well(device), device["dev_id"]))
+    watched = sum(map(_is_well, devices))
     head = f"{len(devices)} device{'s' * (len(devices) != 1)}, {watched} watched and LIVE"
     if not running:
         head += f"; ublkwatch is not running, this is {wall - status['written_at']:.0f} s old"
@@ -193,6 +219,10 @@ def table(status: dict[str, Any], *, running: bool, wall: float | None = None) -
         if device and device["explanation"]:
             lines.append(f"    {device['explanation']}")
     return "\n".join(lines)
+
+
+def _is_well(device: dict[str, Any]) -> bool:
+    return device["phase"] == "watching" and device["ailment"] is None
 
 
 def _row(device: dict[str, Any]) -> tuple[str, ...]:

@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from ublkwatch.care import Origin, Spec
-from ublkwatch.model import Armed, Phase, QueueConfig, Reason, Record, ServerId
+from ublkwatch.model import (
+    Ailment,
+    Armed,
+    Illness,
+    Phase,
+    QueueConfig,
+    Reason,
+    Record,
+    ServerId,
+)
 from ublkwatch.trust import open_trusted
 
 _VERSION = 1
@@ -233,6 +242,8 @@ def _encode(record: Record) -> dict[str, Any]:
     del content["info"]  # read anew
     content["phase"] = record.phase.name
     content["reason"] = record.reason.name if record.reason else None
+    if record.ill:
+        content["ill"]["kind"] = record.ill.kind.name
     content["armed"] = record.armed.name
     content["then"] = record.then.name if record.then else None
     return content
@@ -250,10 +261,15 @@ def _decode_record(content: dict[str, Any], version: int) -> Record:
             "server": ServerId(**content["server"]) if content["server"] else None,
             "candidate": ServerId(**content["candidate"]) if content["candidate"] else None,
             "ended": ServerId(**content["ended"]) if content.get("ended") else None,
+            "ill": _decode_illness(content["ill"]) if content["ill"] else None,
             "failures": tuple(content["failures"]),
             "marks": tuple((name, at) for name, at in content["marks"]),
         }
     )
+
+
+def _decode_illness(content: dict[str, Any]) -> Illness:
+    return Illness(**content | {"kind": Ailment[content["kind"]]})
 
 
 def _decode_registration(content: dict[str, Any], version: int) -> tuple[str, dict[str, Any]]:

@@ -194,8 +194,9 @@ def strays(record: Record) -> tuple[Effect, ...]:
     """Wish for the end of a server that lives, though it does not serve, or not any more."""
     if not record.server:
         return ()
-    # One that lost a thread is ended whomever else it serves: a queue of theirs may hang as well.
-    return (Kill(record.server, None if record.crippled else record.seq),)
+    # One that ails is ended whomever else it serves: their I/O may hang as well.
+    ails = record.ill is not None and record.ill.condemned
+    return (Kill(record.server, None if ails else record.seq),)
 
 
 def send_stop(record: Record, now: float, policy: Policy) -> Step:

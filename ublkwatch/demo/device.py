@@ -202,6 +202,10 @@ class Device:
         for queue in self.queues:
             queue.wait_fetched()
 
+    def threads(self) -> list[int]:
+        """Return the thread of each queue that was started."""
+        return [queue.native_id for queue in self.queues if queue.native_id is not None]
+
     def serve_to_its_end(self, run_files: RunFiles) -> None:
         """Serve until the kernel has aborted every tag, then let go of the device."""
         for queue in self.queues:

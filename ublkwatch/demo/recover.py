@@ -67,6 +67,7 @@ async def bring_back(
         device = Device(geometry(info, params["basic"]["dev_sectors"]), target, faults)
         run_files.write(dev_id)  # before it can be LIVE: then it is looked for
         await asyncio.to_thread(device.fetch)
+        run_files.write(dev_id, device.threads())
         faults.at("fetched")
         if delegated:
             await ctrl.end_user_recovery(dev_id, os.getpid(), timeout_s=BUSY_S)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -38,11 +39,14 @@ class RunFiles:
         elif directory:
             self._home = Path(directory)
 
-    def write(self, dev_id: int) -> None:
-        """Say that this process serves the device. One that cannot be written harms nobody now."""
+    def write(self, dev_id: int, queue_threads: Sequence[int] = ()) -> None:
+        """Say that this process serves the device, and by which threads once they run.
+
+        One that cannot be written harms nobody now.
+        """
         if self._home is None:
             return
-        content = {
+        content: dict[str, object] = {
             "version": VERSION,
             "dev_id": dev_id,
             "pid": os.getpid(),
@@ -50,6 +54,8 @@ class RunFiles:
             "attach": "line",
             "command": self._command,
         }
+        if queue_threads:
+            content["queue_threads"] = list(queue_threads)
         if self._group:
             content["group"] = self._group
         path = self._home / f"{dev_id}.json"

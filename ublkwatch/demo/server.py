@@ -77,6 +77,7 @@ class Attaching:
             device = Device(geometry, self._target(geometry.dev_id), self._faults)
             self._run.write(geometry.dev_id)  # before it can be LIVE: then it is looked for
             device.fetch()
+            self._run.write(geometry.dev_id, device.threads())
             self._faults.at("fetched")
             self._faults.at("live")  # as far as a server can tell: it sends no control command
             device.serve_to_its_end(self._run)

@@ -1,0 +1,186 @@
+"""The threads of real processes, and what is made of them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+from patience import until
+
+from ublkwatch import symptoms, threads
+from ublkwatch.server import Servers, read_boot_id
+from ublkwatch.symptoms import Thread
+
+WORKERS = """
+import threading, sys
+ends = [threading.Event() for _ in range(2)]
+crew = [threading.Thread(target=end.wait, name=f"q{i}") for i, end in enumerate(ends)]
+for each in crew:
+    each.start()
+print(*(each.native_id for each in crew), flush=True)
+for line in sys.stdin:
+    if line == "spin\\n":
+        while True: pass
+    ends[int(line)].set()
+    crew[int(line)].join()
+    print("ended", flush=True)
+"""
+ASLEEP = Thread("q0", "S", 1.0, "io_cqring_wait", exiting=False)
+
+
+@contextmanager
+def crew() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKERS],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            yield process, [int(tid) for tid in process.stdout.readline().split()]
+        finally:
+            process.kill()
+
+
+def say(process: subprocess.Popen[str], what: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(f"{what}\n")
+
+
+def end(process: subprocess.Popen[str], number: int) -> None:
+    say(process, str(number))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ended\n"
+
+
+def wait(told: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not told():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_threads_are_there_until_they_end() -> None:
+    with crew() as (process, tids):
+        assert threads.alive(process.pid) == {process.pid, *tids}
+        seen = threads.look(process.pid)
+        assert {thread.state for tid, thread in seen.items() if tid in tids} == {"S"}
+        assert not any(thread.exiting for thread in seen.values())
+        end(process, 1)
+        wait(lambda: threads.alive(process.pid) == {process.pid, tids[0]})
+        assert symptoms.lost(tids, threads.look(process.pid)) == {tids[1]}
+        process.kill()
+        process.wait()
+        assert threads.alive(process.pid) == set()
+        assert threads.look(process.pid) == {}
+
+
+def test_a_process_that_was_killed_has_lost_no_thread() -> None:
+    with crew() as (process, tids):
+        os.kill(process.pid, signal.SIGSTOP)
+        wait(lambda: {t.state for t in threads.look(process.pid).values()} == {"T"})
+        process.kill()
+        wait(lambda: not threads.alive(process.pid))
+        assert symptoms.lost(tids, threads.look(process.pid)) == set()
+
+
+def test_a_first_thread_that_ended_is_not_alive() -> None:
+    script = (
+        "import ctypes, threading; threading.Thread(target=threading.Event().wait).start(); "
+        "ctypes.CDLL(None).pthread_exit(None)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script]) as p:
+        try:
+            wait(lambda: len(threads.alive(p.pid)) == 1 and p.pid not in threads.alive(p.pid))
+        finally:
+            p.kill()
+
+
+def test_what_a_stopped_process_does_is_told() -> None:
+    with crew() as (process, _tids):
+        os.kill(process.pid, signal.SIGSTOP)
+        wait(lambda: {t.state for t in threads.look(process.pid).values()} == {"T"})
+        seen = threads.look(process.pid)
+        assert (
+            symptoms.cause({}, seen, seen, 0.5) == "its process is stopped: SIGSTOP, or a debugger"
+        )
+
+
+def test_what_a_busy_process_does_is_told() -> None:
+    with crew() as (process, _tids):
+        name = threads.look(process.pid)[process.pid].name
+        say(process, "spin")
+
+        def busy() -> bool:
+            first, began = threads.look(process.pid), time.monotonic()
+            time.sleep(0.3)
+            gap_s = min(0.3, time.monotonic() - began)
+            said = symptoms.cause({}, first, threads.look(process.pid), gap_s)
+            return said == f"thread {process.pid} ({name}) is busy on a CPU"
+
+        wait(busy)
+
+
+def test_a_pidfd_tells_of_a_threads_end() -> None:
+    told = []
+
+    async def story() -> None:
+        servers = Servers(read_boot_id(), lambda _: None, lambda: told.append("look"))
+        with crew() as (process, tids):
+            server = servers.identify(process.pid)
+            assert server is not None
+            servers.watch_threads(server, tids)
+            assert not servers._threads, "of a process that is not watched"
+            servers.watch(server)
+            servers.watch_threads(server, [*tids, 1 << 22])
+            end(process, 0)
+            await until(lambda: told == ["look"], "it is told")
+            servers.kill(server)
+            await until(lambda: not servers._threads, "forgotten with its process")
+        servers.close()
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        ({7: ASLEEP}, "its threads sleep in io_cqring_wait"),
+        ({7: replace(ASLEEP, waits_in="")}, "its threads sleep"),
+        (
+            {7: replace(ASLEEP, state="D", waits_in="nfs_wait"), 8: ASLEEP},
+            "thread 7 (q0) is in uninterruptible sleep in nfs_wait, where no signal reaches it",
+        ),
+        ({7: replace(ASLEEP, cpu_s=1.4), 8: ASLEEP}, "thread 7 (q0) is busy on a CPU"),
+        (
+            {tid: replace(ASLEEP, state="t") for tid in (7, 8)} | {9: ASLEEP},
+            "threads 7 (q0), 8 (q0) are stopped: SIGSTOP, or a debugger",
+        ),
+        (
+            {tid: replace(ASLEEP, cpu_s=1.5) for tid in range(7, 12)},
+            "thread 7 (q0) is busy on a CPU",
+        ),
+    ],
+)
+def test_the_cause_in_words(second: dict[int, Thread], says: str) -> None:
+    assert symptoms.cause({}, {7: ASLEEP}, second, 0.5) == says
+
+
+def test_causes_are_told_together_and_many_threads_are_counted() -> None:
+    then = {tid: f"w{tid}" for tid in range(1, 8)}
+    second = {7: replace(ASLEEP, state="T"), 8: ASLEEP}
+    assert symptoms.cause(then, {}, second, 0.5) == (
+        "thread 7 (q0) is stopped: SIGSTOP, or a debugger; "
+        "6 of the 7 threads are gone that it had when the device was LIVE: "
+        "1 (w1), 2 (w2), 3 (w3) and 3 more"
+    )

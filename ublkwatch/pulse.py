@@ -1,0 +1,147 @@
+"""Servers that live while I/O hangs in them: looked for with every poll.
+
+A part of the shell. Two things are looked at: whether the device's requests flow, by the block
+layer's counters, and whether the threads are there that the server declared to serve its queues.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ublkwatch import symptoms
+from ublkwatch.events import Event, ServerAils, ServerWell
+from ublkwatch.model import Ailment, DevInfo, Phase, Policy, Record, ServerId
+from ublkwatch.perform import Edges
+from ublkwatch.symptoms import Flow
+from ublkwatch.uapi import DevState
+
+_GAP_S = 0.5  # between two looks at its threads, which tell who is busy
+_SURE_S = 0.05  # between two looks that both miss a thread: a process ends thread by thread
+_AGAIN_S = 30.0  # until the cause of a stall that lasts is looked for anew
+_FILES_S = 5.0  # that run files may take
+_ASK_MAX_S = 64.0  # who has declared no thread for so long will not
+
+
+class Caller(Protocol):
+    """monitor.Monitor, as far as it is spoken to from here."""
+
+    def policy(self, dev_id: int) -> Policy: ...
+    def post(self, dev_id: int, event: Event) -> None: ...
+
+
+@dataclass
+class _Patient:
+    """What was seen of one server that serves one device."""
+
+    server: ServerId
+    flow: Flow | None = None
+    names: dict[int, str] = field(default_factory=dict)  # of its threads, when it was LIVE
+    declared: tuple[int, ...] = ()
+    asked: int = 0  # how often what it declares was asked for
+    ask_at: float = 0.0
+    again_at: float = 0.0  # when what was told is told anew, if it lasts
+    attended: bool = False  # somebody looks at its threads just now
+
+
+class Pulse:
+    """Feels the pulse of every server that serves a device of ours."""
+
+    def __init__(
+        self,
+        edges: Edges,
+        monitor: Caller,
+        spawn: Callable[[int, Coroutine[Any, Any, None]], None],
+    ) -> None:
+        """``spawn`` runs what takes time, about one device."""
+        self._edges, self._threads = edges, edges.threads
+        self._monitor, self._spawn = monitor, spawn
+        self._patients: dict[int, _Patient] = {}
+
+    def look(self, records: Iterable[Record], beat_s: float) -> None:
+        """Look at all devices that are served; ``beat_s`` is the longest time between two looks."""
+        patients = {}
+        for record in records:
+            live = record.info is not None and record.info.state is DevState.LIVE
+            if record.phase is Phase.WATCHING and record.server and live:
+                patient = self._patients.get(record.dev_id)
+                if patient is None or patient.server != record.server:
+                    patient = _Patient(record.server)
+                patients[record.dev_id] = patient
+                if record.ill is None or not record.ill.condemned:
+                    self._examine(record, patient, beat_s)
+        self._patients = patients
+
+    def _examine(self, record: Record, patient: _Patient, beat_s: float) -> None:
+        now, dev_id, server = self._edges.clock(), record.dev_id, patient.server
+        before, traffic = patient.flow, self._edges.traffic(dev_id)
+        if traffic is not None:
+            patient.flow = symptoms.observe(before, traffic, now, beat_s)
+        still_s = patient.flow.still_s if patient.flow else 0.0
+        stalled = record.ill is not None and record.ill.kind is Ailment.STALL
+        if stalled and before is not None and not still_s:
+            self._monitor.post(dev_id, ServerWell(server))
+        if patient.attended:
+            return
+        timeout_s = self._monitor.policy(dev_id).stall_timeout_s
+        again = now >= patient.again_at
+        if set(patient.declared) - self._threads.alive(server.pid):
+            if again or record.ill is None or stalled:
+                self._attend(dev_id, patient, self._find_lost(dev_id, patient))
+        elif timeout_s and still_s >= timeout_s and again:
+            self._attend(dev_id, patient, self._find_cause(dev_id, patient, now - still_s))
+        elif not patient.declared and now >= patient.ask_at and record.info is not None:
+            pause_s = 1 << patient.asked
+            patient.ask_at = now + pause_s if pause_s <= _ASK_MAX_S else float("inf")
+            patient.asked += 1
+            self._attend(dev_id, patient, self._meet(patient, record.info))
+
+    def _attend(self, dev_id: int, patient: _Patient, work: Coroutine[Any, Any, None]) -> None:
+        async def attend() -> None:
+            try:
+                with contextlib.suppress(TimeoutError):
+                    await work
+            finally:
+                patient.attended = False
+
+        patient.attended = True
+        self._spawn(dev_id, attend())
+
+    async def _meet(self, patient: _Patient, info: DevInfo) -> None:
+        """Learn which threads it has, and which of them it declares to serve queues."""
+        threads = self._threads.look(patient.server.pid)
+        if not patient.names:
+            patient.names = {tid: thread.name for tid, thread in threads.items()}
+        async with asyncio.timeout(_FILES_S):  # which are on a tmpfs, as a rule
+            declared = await asyncio.to_thread(self._threads.declared, info)
+        if all(tid in threads for tid in declared):  # else they are its predecessor's
+            patient.declared = declared
+            self._threads.watch(patient.server, declared)
+
+    async def _find_lost(self, dev_id: int, patient: _Patient) -> None:
+        """Tell which declared threads are gone, unless the whole process is about to be."""
+        missing: set[int] = set(patient.declared)
+        for pause_s in (_SURE_S, 0.0):
+            missing &= symptoms.lost(patient.declared, self._threads.look(patient.server.pid))
+            await asyncio.sleep(pause_s)
+        if missing:
+            tids = ", ".join(map(str, sorted(missing)))
+            what = f"of process {patient.server.pid}: thread {tids}"
+            self._tell(dev_id, patient, Ailment.DEAD_QUEUE, what, self._edges.clock())
+
+    async def _find_cause(self, dev_id: int, patient: _Patient, since: float) -> None:
+        """Tell of a stall, and what its threads do meanwhile."""
+        first = self._threads.look(patient.server.pid)
+        await asyncio.sleep(_GAP_S)
+        second = self._threads.look(patient.server.pid)
+        if second:
+            cause = symptoms.cause(patient.names, first, second, _GAP_S)
+            what = f"process {patient.server.pid}: {cause}"
+            self._tell(dev_id, patient, Ailment.STALL, what, since)
+
+    def _tell(self, dev_id: int, patient: _Patient, kind: Ailment, what: str, since: float) -> None:
+        patient.again_at = self._edges.clock() + _AGAIN_S
+        self._monitor.post(dev_id, ServerAils(patient.server, kind, what, since))
