@@ -493,6 +493,9 @@ QUEUES = {"0": {"qid": 0, "tid": 5, "affinity": [0]}, "1": {"qid": 1, "tid": 6, 
 def test_ublksrvs_and_rublks_records_have_threads(machine: Machine, path: str) -> None:
     content = {"dev_info": {"dev_id": 7}, "queues": QUEUES}
     machine.file(path, record(queues=QUEUES) if path.endswith("pid") else content)
+    assert queue_threads(INFO, machine.host) == (), "its predecessor's"
+    for tid in (5, 6):
+        machine.file(f"/proc/{PID}/task/{tid}/stat")
     assert queue_threads(INFO, machine.host) == (5, 6)
     assert queue_threads(replace(INFO, nr_hw_queues=3), machine.host) == (), "one is missing"
     machine.file(path, b"{")

@@ -242,6 +242,13 @@ def test_a_declared_thread_that_is_gone_is_a_dead_queue() -> None:
     assert (event.kind, event.what) == (Ailment.DEAD_QUEUE, "of process 100: thread 101")
 
 
+def test_a_thread_that_was_gone_before_it_was_seen_is_missed_too() -> None:
+    ward = Ward(declares=(100, 7))
+    [event] = [*ward.live(lambda pulse: ward.polls(pulse, 10))][:1]
+    assert isinstance(event, ServerAils)
+    assert event.what == "of process 100: thread 7"
+
+
 def test_threads_that_nobody_declared_come_and_go() -> None:
     ward = Ward(declares=(101,))
 
@@ -299,9 +306,6 @@ def test_what_it_declares_is_asked_for_until_it_is_said_but_not_for_ever() -> No
     async def story(pulse: Pulse) -> None:
         await ward.polls(pulse, 20)
         assert 3 <= ward.asked <= 6
-        ward.declares = (7, 8)  # of its predecessor
-        await ward.polls(pulse, 20)
-        assert ward.watched == set()
         await ward.polls(pulse, 500)
         assert ward.asked <= 9
 

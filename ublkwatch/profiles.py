@@ -104,10 +104,7 @@ def recognise(
 
 
 def queue_threads(info: DevInfo, host: Host) -> tuple[int, ...]:
-    """Return the threads that a device's server declares to serve its queues; none: it does not.
-
-    What is found may be a predecessor's word: only threads that the server has are its own.
-    """
+    """Return the threads that a device's server declares to serve its queues; none: it does not."""
     readers = {
         RUN_FILES / f"{info.dev_id}.json": _declared,
         _UBLKSRV_RUN / f"{info.dev_id}.pid": _declared_by_ublksrv,
@@ -127,10 +124,15 @@ def _declared(info: DevInfo, path: Path, host: Host) -> tuple[int, ...]:
 
 
 def _declared_by_ublksrv(info: DevInfo, path: Path, host: Host) -> tuple[int, ...]:
-    """Read what ublksrv and rublk have in common: "queues", by their numbers."""
+    """Read what ublksrv and rublk have in common: "queues", by their numbers.
+
+    It may still be the predecessor's word: only threads that the server has are its own.
+    """
     content = _read(_open_shared(_at(host, path)))
     queues = _json(content[content.index(b"{") :])["queues"]
-    return tuple(int(queues[str(queue)]["tid"]) for queue in range(info.nr_hw_queues))
+    tids = tuple(int(queues[str(queue)]["tid"]) for queue in range(info.nr_hw_queues))
+    own = _at(host, Path(f"/proc/{info.ublksrv_pid}/task"))
+    return tids if all((own / str(tid)).exists() for tid in tids) else ()
 
 
 def suggestion(info: DevInfo, origin: Origin | None = None) -> str:

@@ -117,9 +117,8 @@ class Pulse:
             patient.names = {tid: thread.name for tid, thread in threads.items()}
         async with asyncio.timeout(_FILES_S):  # which are on a tmpfs, as a rule
             declared = await asyncio.to_thread(self._threads.declared, info)
-        if all(tid in threads for tid in declared):  # else they are its predecessor's
-            patient.declared = declared
-            self._threads.watch(patient.server, declared)
+        patient.declared = declared
+        self._threads.watch(patient.server, declared)
 
     async def _find_lost(self, dev_id: int, patient: _Patient) -> None:
         """Tell which declared threads are gone, unless the whole process is about to be."""
