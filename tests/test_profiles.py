@@ -50,11 +50,11 @@ class Machine:
         file.chmod(mode)
         return file
 
-    def recognise(self, exe: str, info: DevInfo = INFO, **more: bool) -> Found | None:
-        return recognise(info, origin(exe), self.host, **more)
+    def recognise(self, exe: str, info: DevInfo = INFO) -> Found | None:
+        return recognise(info, origin(exe), self.host)
 
-    def found(self, exe: str, info: DevInfo = INFO, **more: bool) -> Found:
-        found = self.recognise(exe, info, **more)
+    def found(self, exe: str, info: DevInfo = INFO) -> Found:
+        found = self.recognise(exe, info)
         assert found is not None
         return found
 
@@ -222,24 +222,18 @@ def rublk(machine: Machine) -> Machine:
     return machine
 
 
-def test_what_was_never_run_for_real_is_off(rublk: Machine) -> None:
+def test_rublk_is_recovered_by_itself(rublk: Machine) -> None:
     found = rublk.found("/usr/bin/rublk")
 
-    assert not found.table
-    assert "experimental" in found.why
-
-
-def test_rublk_where_the_operator_wants_it(rublk: Machine) -> None:
-    found = rublk.found("/usr/bin/rublk", experimental=True)
-
     assert found.table["command"] == ["/usr/bin/rublk", "recover", "-n", "{dev_id}"]
+    assert found.table["keep"] == ["/run/ublksrvd/0007.json"]
     assert found.table["handoff"] == "delegated"
 
 
 def test_rublk_does_not_recover_a_device_that_fails_io(rublk: Machine) -> None:
     fails = INFO.flags | DevFlags.USER_RECOVERY_FAIL_IO
 
-    found = rublk.found("/usr/bin/rublk", replace(INFO, flags=fails), experimental=True)
+    found = rublk.found("/usr/bin/rublk", replace(INFO, flags=fails))
 
     assert not found.table
     assert "fails I/O" in found.why
@@ -248,12 +242,12 @@ def test_rublk_does_not_recover_a_device_that_fails_io(rublk: Machine) -> None:
 def test_rublks_record_of_another_device(rublk: Machine) -> None:
     rublk.file("/run/ublksrvd/0007.json", {"dev_info": {"dev_id": 8}})
 
-    assert "dev_id 8" in rublk.found("/usr/bin/rublk", experimental=True).why
+    assert "dev_id 8" in rublk.found("/usr/bin/rublk").why
 
 
 @pytest.mark.parametrize("exe", ["/usr/bin/kublk", "/usr/bin/spdk_tgt"])
 def test_what_deletes_its_device_is_registered_by_hand(machine: Machine, exe: str) -> None:
-    found = machine.found(exe, experimental=True)
+    found = machine.found(exe)
 
     assert not found.table
     assert "deletes the device when it fails" in found.why

@@ -22,6 +22,7 @@ from pathlib import Path
 
 _OUTPUT_MAX = 1 << 20
 _OUTPUT_KEPT = 64 << 10
+_LINE_MAX = 200  # characters quoted of a line
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -135,7 +136,7 @@ class Homes:
         """Return the last line that the attempt's server printed."""
         with contextlib.suppress(OSError), (self._attempts / tag / "output").open("rb") as output:
             output.seek(max(0, output.seek(0, os.SEEK_END) - 2048))
-            return last_line(output.read())
+            return last_lines(output.read())
         return ""
 
     def trim(self) -> None:
@@ -219,11 +220,11 @@ class Homes:
             os.close(fifo)
 
 
-def last_line(output: bytes) -> str:
-    """Return the last line that says something, harmless and bounded."""
+def last_lines(output: bytes) -> str:
+    """Return the last three lines that say something, harmless and bounded, as one."""
     lines = output.decode(errors="replace").split("\n")
-    words = [line.strip() for line in lines if line.strip()]
-    return "".join(c if c.isprintable() else "?" for c in words[-1])[:300] if words else ""
+    words = [line.strip()[:_LINE_MAX] for line in lines if line.strip()]
+    return "".join(c if c.isprintable() else "?" for c in " | ".join(words[-3:]))
 
 
 def _sender(ancillary: list[tuple[int, int, bytes]]) -> int | None:

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from ublkwatch.care import Origin, unknown_placeholder
 from ublkwatch.model import DevInfo, RecoveryMode
-from ublkwatch.traits import PROFILES, UBLKSRV_RUN
+from ublkwatch.traits import UBLKSRV_RUN
 
 _UBLKSRV_RUN: Final = Path(UBLKSRV_RUN)
 RUN_FILES: Final = Path("/run/ublk-servers")  # of servers by the attach contract
@@ -73,13 +73,10 @@ def belongs_elsewhere(origin: Origin, ignore: Iterable[str] = ()) -> str:
     return ""
 
 
-def recognise(
-    info: DevInfo, origin: Origin, host: Host, *, experimental: bool = False
-) -> Found | None:
+def recognise(info: DevInfo, origin: Origin, host: Host) -> Found | None:
     """Tell what serves a LIVE device, and how it would be brought back; None: nobody knows.
 
-    Files are read, so a caller that must not wait calls it in a thread. ``experimental`` takes
-    profiles, too, that were never run for real.
+    Files are read, so a caller that must not wait calls it in a thread.
     """
     path = RUN_FILES / f"{info.dev_id}.json"
     exe = origin.exe.removesuffix(_DELETED)
@@ -93,7 +90,7 @@ def recognise(
     if name.startswith("ublk.") and re.fullmatch(r"ublk\.\w+", name):
         return _ublksrv(info, exe, host)
     if name == "rublk":
-        return _rublk(info, exe, host, experimental=experimental)
+        return _rublk(info, exe, host)
     if name == "kublk":
         return Found(name, why="kublk cannot be asked which target it serves, and its recover "
                      "command deletes the device when it fails; register it")  # fmt: skip
@@ -224,11 +221,9 @@ def _ublksrv(info: DevInfo, exe: str, host: Host) -> Found:
     return Found("ublksrv", table | {"keep": [str(path)]}, warning=_open_to_all(host))
 
 
-def _rublk(info: DevInfo, exe: str, host: Host, *, experimental: bool) -> Found:
+def _rublk(info: DevInfo, exe: str, host: Host) -> Found:
+    """Judge rublk, which is front end and daemon in one program."""
     path = _UBLKSRV_RUN / f"{info.dev_id:04}.json"
-    if not experimental:
-        return Found("rublk", why=f"{PROFILES['rublk'].experimental}: its profile is experimental, "
-                     "and off; register it to try")  # fmt: skip
     if RecoveryMode.of(info.flags) is RecoveryMode.FAIL_IO:
         return Found("rublk", why="rublk recovers no device that fails I/O meanwhile")
     try:

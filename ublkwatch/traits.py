@@ -37,7 +37,7 @@ PROFILES: Final[Mapping[str, Traits]] = MappingProxyType(
             settings={"handoff": "delegated", "keep": [f"{UBLKSRV_RUN}/{{dev_id}}.pid"]},
             sigterm="stays: its daemon blocks the signal",
         ),
-        "rublk": _traits(experimental="rublk was never run under ublkwatch by its authors"),
+        "rublk": _traits(sigterm="stays: its daemon dies of it, as of SIGKILL"),
         "kublk": _traits(deletes_on_failure="kublk recover"),
         "spdk": _traits(
             deletes_on_failure="ublk_recover_disk",

@@ -23,7 +23,7 @@ from ublkwatch import cgroup
 from ublkwatch.bus import Bus, BusError
 from ublkwatch.care import Job, Run
 from ublkwatch.fork import how
-from ublkwatch.homes import last_line
+from ublkwatch.homes import last_lines
 from ublkwatch.identity import Identity
 
 _log = logging.getLogger("ublkwatch")
@@ -240,13 +240,13 @@ class UnitStarter:
         return {**unit, "ControlGroup": service.get("ControlGroup", "")}
 
     async def _words(self, name: str) -> str:
-        """Return the last line that a unit's processes printed in this life of it."""
+        """Return the last lines that a unit's processes printed in this life of it."""
         unit = await self._bus.properties(_address(name), f"{_NAME}.Unit")
         invocation = bytes(unit["InvocationID"]).hex()
         for pause_s in (0.05, 0.2):  # the journal may be a moment behind
             async with self._reading:
                 output = await _journal(f"_SYSTEMD_INVOCATION_ID={invocation}")
-            if words := last_line(output):
+            if words := last_lines(output):
                 return words
             await asyncio.sleep(pause_s)
         return ""
