@@ -33,7 +33,9 @@ os.write(1, b"end\\n")
         ("pass", ""),
     ],
 )
-def test_last_words_are_three_lines_harmless_and_bounded(tmp_path: Path, printed: str, words: str) -> None:
+def test_last_words_are_three_lines_harmless_and_bounded(
+    tmp_path: Path, printed: str, words: str
+) -> None:
     async def work(home: Home) -> None:
         await home.exited(await home.start(printed))
         assert home.launcher.last_words(TAG) == words
