@@ -216,6 +216,10 @@ def test_what_comes_next(changes: dict[str, Any], policy: dict[str, Any], says: 
         (replace(FAILED, reason=Reason.NOT_QUIESCED), "unless the kernel lets go"),
         (replace(FAILED, reason=Reason.INTERNAL_ERROR), "restart ublkwatch, and please report"),
         (replace(FAILED, held=True), "`ublkwatch retry 3` would be refused: it is held; release"),
+        (
+            replace(FAILED, reason=Reason.NO_ANSWER),
+            "then `ublkwatch retry 3`; where that does not help, a reboot is needed",
+        ),
         (HELD, "nothing: it waits for `ublkwatch release 3`"),
         (
             replace(HELD, held_until=NOW + 7300),

@@ -104,6 +104,11 @@ def _failed(record: Record, policy: Policy) -> str:
     retry = f"`ublkwatch retry {record.dev_id}`"
     if refused := refusal(record, Order.RETRY, policy):
         return f"nothing by itself; {retry} would be refused: {refused}"
+    if record.reason is Reason.NO_ANSWER:
+        return (
+            f"nothing by itself; end what the command waits for (docs/recovery.md), then {retry}; "
+            "where that does not help, a reboot is needed"
+        )
     return f"nothing by itself: it waits for {retry}"
 
 
