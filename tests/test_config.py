@@ -175,7 +175,7 @@ def test_every_default_is_within_its_own_range() -> None:
 def test_every_choice_of_a_policy_is_a_key_but_for_what_nobody_should_turn() -> None:
     # Facts, no choices.
     mine = {"generation", "has_spec", "seen_live", "shutting_down", "chance", "hands_off"}
-    mine |= {"hands_off_why"}
+    mine |= {"hands_off_why", "bystander"}
     inner = {"stop_timeout_s", "drain_poll_s", "drain_poll_max_s", "holders_after_s"}
     assert asdict(Policy()).keys() - mine - inner == RECOVERY.keys() | {"handoff", "attach"}
 

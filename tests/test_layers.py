@@ -24,7 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "verdict": {"events", "model"},
     "pace": {"events", "model", "verdict"},
     "attempt": {"events", "model", "pace", "verdict"},
-    "ailing": {"events", "model", "verdict"},
+    "ailing": {"events", "model", "uapi", "verdict"},
     "symptoms": {"model"},
     "orders": {"ailing", "attempt", "events", "model", "uapi", "verdict"},
     "timers": {"attempt", "pace", "events", "model", "orders", "uapi", "verdict"},
@@ -66,7 +66,7 @@ LAYERS: dict[str, set[str]] = {
     "kept": set(),
     "admin": {"model"},
     "metrics": {"", "events", "model", "status", "uapi"},
-    "log": {"events", "model"},
+    "log": {"events", "model", "status"},
     # L3: the shell; its edges come in by Protocol
     "lanes": set(),
     "starts": {"care", "events", "lanes", "model"},
@@ -76,8 +76,8 @@ LAYERS: dict[str, set[str]] = {
     "pulse": {"events", "model", "perform", "symptoms", "uapi"},
     "unsaved": {"events"},
     "monitor": {
-        *("attempt", "care", "events", "model", "orders", "perform", "pulse", "recovery"),
-        *("starts", "uapi", "unsaved", "who"),
+        *("ailing", "attempt", "care", "events", "model", "orders", "perform", "pulse"),
+        *("recovery", "starts", "uapi", "unsaved", "who"),
     },
     # L4: composition
     "library": {"care", "config", "model", "profiles", "rules", "settings", "tables", "trust"},

@@ -473,7 +473,7 @@ def test_a_run_file_declares_threads(server: Machine) -> None:
     assert queue_threads(replace(INFO, ublksrv_pid=1), server.host) == ()
 
 
-@pytest.mark.parametrize("tids", ["5", [0], [True], [5.0], ["5"], {"5": 5}])
+@pytest.mark.parametrize("tids", ["5", [0], [True], [1 << 40], [5.0], ["5"], {"5": 5}])
 def test_threads_that_are_none(server: Machine, tids: Any) -> None:
     server.file("/run/ublk-servers/7.json", RUN_FILE | {"queue_threads": tids})
     assert queue_threads(INFO, server.host) == ()
@@ -492,5 +492,6 @@ def test_ublksrvs_and_rublks_records_have_threads(machine: Machine, path: str) -
         machine.file(f"/proc/{PID}/task/{tid}/stat")
     assert queue_threads(INFO, machine.host) == (5, 6)
     assert queue_threads(replace(INFO, nr_hw_queues=3), machine.host) == (), "one is missing"
-    machine.file(path, b"{")
-    assert queue_threads(INFO, machine.host) == ()
+    for garbage in (b"{", b'{"queues": {"0": {"tid": 1e999}}}', b'{"queues": 5}', b"[]"):
+        machine.file(path, garbage)
+        assert queue_threads(INFO, machine.host) == ()

@@ -38,6 +38,7 @@ class Ward:
     watched: set[int] = field(default_factory=set)
     asked: int = 0
     looks: int = 0
+    reads: int = 0
 
     def policy(self, dev_id: int) -> Policy:
         assert dev_id == 0
@@ -46,6 +47,10 @@ class Ward:
     def post(self, dev_id: int, event: Event) -> None:
         assert dev_id == 0
         self.told.append((asyncio.get_running_loop().time(), event))
+
+    async def read(self, dev_id: int) -> None:
+        assert dev_id == 0
+        self.reads += 1
 
     def live(self, story: Callable[[Pulse], Awaitable[None]]) -> list[Event]:
         """Tell a story of it; return what was told."""
@@ -106,6 +111,28 @@ def test_a_server_that_completes_nothing_is_told_of_once_the_time_is_over() -> N
     assert 30.0 <= at <= 33.0
     assert event.since == pytest.approx(0.0, abs=0.01)
     assert event.what == "process 100: its threads sleep in io_cqring_wait"
+
+
+def test_who_completes_something_at_the_last_moment_is_not_told_of() -> None:
+    ward = Ward(traffic=Traffic(3, 7))
+
+    async def story(pulse: Pulse) -> None:
+        await ward.polls(pulse, 30)
+        pulse.look([RECORD], 2.0)
+        await asyncio.sleep(0.2)
+        ward.traffic = Traffic(3, 8)
+        await asyncio.sleep(0.5)
+        await ward.polls(pulse, 20)
+
+    assert ward.live(story) == []
+    assert ward.looks == 3, "it had been suspected"
+
+
+def test_a_look_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    ward = Ward(traffic=Traffic(3, 7))
+    ward.threads = cast("dict[int, Thread]", None)
+    assert ward.live(lambda pulse: ward.polls(pulse, 33)) == []
+    assert "ublk 0: its server was not looked at: TypeError" in caplog.text
 
 
 def test_the_cause_of_a_stall_that_lasts_is_told_anew() -> None:
@@ -235,7 +262,8 @@ def test_a_declared_thread_that_is_gone_is_a_dead_queue() -> None:
         assert ward.watched == {100, 101}
         del ward.threads[101]
         pulse.look([RECORD], 2.0)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.5)
+        assert ward.reads == 1, "its state is read before it is told"
 
     [event] = ward.live(story)
     assert isinstance(event, ServerAils)
@@ -280,7 +308,7 @@ def test_what_was_missed_once_is_looked_at_twice() -> None:
         await ward.polls(pulse, 3)
         del ward.threads[101]
         pulse.look([RECORD], 2.0)
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.1)
         ward.threads[100] = replace(SLEEPS, exiting=True)  # it was the end of the whole process
         await asyncio.sleep(1)
 
@@ -323,6 +351,6 @@ def test_the_threads_of_a_stalled_server_that_are_gone_are_named() -> None:
     ward.live(story)
     [event] = stalls(ward)
     assert event.what == (
-        "process 100: 1 of the 2 threads are gone that it had when the device was LIVE: "
+        "process 100: 1 of the 2 threads are gone that it had when it was first looked at: "
         "101 (worker)"
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from stories import NEW, OLD, OTHER, Story
 
+from ublkwatch.ailing import bystander
 from ublkwatch.events import (
     Effect,
     EndAttempt,
@@ -182,13 +183,67 @@ def test_an_operator_may_have_it_ended(tell: Any) -> None:
     assert (story.record.phase, story.record.failures) == (Phase.DRAINING, ())
 
 
-@pytest.mark.parametrize("remedy", list(Remedy))
-def test_resumed_with_a_stall_it_goes_by_the_policy(tell: Any, remedy: Remedy) -> None:
+def test_resumed_with_a_stall_it_is_looked_at_first(tell: Any) -> None:
     story = tell()
     stall(story)
-    story.policy = replace(story.policy, on_stall=remedy)
-    kill = [Kill(OLD)] if remedy is Remedy.KILL else []
-    assert story.tell(Resumed(None)) == [Watch(OLD), *kill, ReadInfo()]
+    story.policy = replace(story.policy, on_stall=Remedy.KILL)
+    assert story.tell(Resumed(None)) == [Watch(OLD), ReadInfo()]
+    assert stall(story) == [Kill(OLD)]
+
+
+def test_resumed_the_budget_of_who_was_well_for_long_is_whole(tell: Any) -> None:
+    story = tell(attempts_max=1)
+    story.record = replace(story.record, failures=(story.now,))
+    story.now += 1000
+    story.tell(Resumed(None))
+    assert story.tell(ServerAils(OLD, Ailment.DEAD_QUEUE, "q1", story.now)) == [Kill(OLD)]
+
+
+def test_a_choice_that_changes_holds_for_what_ails_already(tell: Any) -> None:
+    story = tell(on_dead_queue=Remedy.ALERT)
+    dead = ServerAils(OLD, Ailment.DEAD_QUEUE, "q1", 1000.0)
+    assert story.tell(dead) == []
+    story.policy = replace(story.policy, on_dead_queue=Remedy.KILL)
+    assert story.tell(dead) == [Kill(OLD)]
+
+
+def test_a_server_is_spared_while_another_device_must_not_lose_it(tell: Any) -> None:
+    story = tell(**KILL)
+    story.policy = replace(story.policy, bystander="ublkb1, which is held")
+    assert stall(story) == []
+    assert story.record.ill is not None
+    assert story.record.ill.spared == "ublkb1, which is held"
+    assert "ublkb1" in objection(story.record, Order.RECOVER, story.policy)
+    story.policy = replace(story.policy, bystander="")
+    assert stall(story) == [Kill(OLD)]
+
+
+def test_who_must_not_lose_a_server(generation: Generation) -> None:
+    mine = Story(generation).watching().record
+    held = replace(mine, dev_id=1, held=True)
+    attaching = replace(mine, dev_id=2, phase=Phase.ATTACHING, server=None, candidate=OLD)
+    g2 = generation is Generation.G2
+    assert bystander(mine, [mine, replace(mine, dev_id=3)], generation) == ""
+    assert bystander(mine, [mine, held], generation) == "ublkb1, which is held"
+    assert bystander(replace(mine, held=True), [replace(mine, held=True)], generation) == ""
+    assert bystander(mine, [attaching], generation) == (
+        "ublkb2, which attaches just now" if g2 else ""
+    )
+    assert bystander(mine, [replace(held, server=OTHER)], generation) == ""
+
+
+def test_a_device_that_was_let_go_of_has_no_server_that_ails(tell: Any) -> None:
+    story = tell(**KILL)
+    story.tell(story.read(DevState.QUIESCED))
+    assert stall(story) == []
+    assert story.record.ill is None
+
+
+def test_a_server_that_is_ended_is_not_spared_where_the_kernel_is_first(tell: Any) -> None:
+    story = tell(**KILL)
+    stall(story)
+    story.tell(story.read(DevState.QUIESCED))
+    assert Kill(OLD) in story.tell(story.read(DevState.QUIESCED))
 
 
 def test_resumed_before_it_was_ended_it_is_ended(tell: Any) -> None:

@@ -143,8 +143,6 @@ class World:
         for server in (record.server, record.candidate):
             if server:
                 facts += [ServerExited(server, "exit", code) for code in (0, 1)]
-                facts += [ServerAils(server, kind, "hangs", self.now - 1) for kind in Ailment]
-                facts += [ServerWell(server)]
         if self.spawning:
             self.pid += 1
             facts += [Spawned(seq, ServerId(self.pid, 1, "boot"))] * 6
@@ -187,6 +185,8 @@ class World:
             InfoRead(INFO, "boot/2", FRESH),
             *(StartReplied(old, 0), EndReplied(old, 0), AttemptOver(old), Ready(old)),
             Spawned(old, FRESH),
+            *(ServerAils(self.record.server or FRESH, kind, "", self.now) for kind in Ailment),
+            ServerWell(self.record.server or FRESH),
         ]
 
     def choose(self, which: int, how: int) -> Event:

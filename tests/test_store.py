@@ -239,3 +239,12 @@ def test_one_host_has_one_ublkwatch(tmp_path: Path) -> None:
     os.close(lock_host(ours))
     os.close(lock_host(tmp_path / "not ours to see", ours))
     os.close(lock_host())
+
+
+def test_a_record_of_an_older_version_keeps_what_it_knew(store: Store, tmp_path: Path) -> None:
+    store.save_record(RECORD)
+    path = tmp_path / "run/records/3.json"
+    content = json.loads(path.read_text())
+    del content["ill"]
+    path.write_text(json.dumps(content | {"crippled": "thread 78"}))
+    assert store.load_records() == {3: replace(RECORD, info=None, ill=None)}

@@ -5,11 +5,13 @@ Pure, a part of the machine: rule 14 at the head of recovery.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ublkwatch import verdict
 from ublkwatch.events import ServerAils, ServerWell
-from ublkwatch.model import Ailment, Illness, Phase, Policy, Record, Remedy
+from ublkwatch.model import Ailment, Generation, Illness, Phase, Policy, Record, Remedy
+from ublkwatch.uapi import DevState
 from ublkwatch.verdict import Step
 
 
@@ -17,10 +19,14 @@ def told(record: Record, event: ServerAils | ServerWell, now: float, policy: Pol
     """Take it that the server ails, or is well; a dead queue is the last word: it has no cure."""
     ill = record.ill
     serves = record.phase in (Phase.WATCHING, Phase.PROBATION) and event.server == record.server
-    if not serves or (ill and (ill.condemned or ill.kind is Ailment.DEAD_QUEUE)):
+    state = record.info.state if record.info else None  # in probation, it was not read yet
+    let_go = record.phase is Phase.WATCHING and state is not DevState.LIVE
+    if not serves or let_go or (ill and ill.condemned):
         return record, ()
     if isinstance(event, ServerWell):
-        return replace(record, ill=None), ()
+        return replace(record, ill=ill if ill and ill.kind is Ailment.DEAD_QUEUE else None), ()
+    if ill and ill.kind is Ailment.DEAD_QUEUE and event.kind is Ailment.STALL:
+        return record, ()
     if ill is None or ill.kind is not event.kind:
         ill = Illness(event.kind, event.what, event.since)
     return treat(replace(record, ill=replace(ill, what=event.what)), now, policy)
@@ -37,7 +43,9 @@ def treat(record: Record, now: float, policy: Policy) -> Step:
         return record, ()
     if ill.condemned:  # and we died before it was done, perhaps
         return record, verdict.strays(record)
-    if remedy(ill, policy) is Remedy.ALERT or spent(record, policy):
+    if ill.spared != policy.bystander:
+        record = replace(record, ill=replace(ill, spared=policy.bystander))
+    if policy.bystander or remedy(ill, policy) is Remedy.ALERT or spent(record, policy):
         return record, ()
     if record.phase is Phase.WATCHING:
         record = replace(record, failures=(*_failures(record, policy), now))
@@ -49,6 +57,21 @@ def end(record: Record) -> Step:
     assert record.ill is not None
     record = replace(record, ill=replace(record.ill, condemned=True))
     return record, verdict.strays(record)
+
+
+def bystander(record: Record, others: Iterable[Record], generation: Generation) -> str:
+    """Return which other device of its server must not lose that now, and why; "" if none.
+
+    One that is held, and on G2 one that attaches: it would be half attached.
+    """
+    for other in others:
+        if record.server is None or record.server not in (other.server, other.candidate):
+            continue
+        if other.dev_id != record.dev_id and other.held:
+            return f"ublkb{other.dev_id}, which is held"
+        if generation is Generation.G2 and other.phase is Phase.ATTACHING:
+            return f"ublkb{other.dev_id}, which attaches just now"
+    return ""
 
 
 def remedy(ill: Illness, policy: Policy) -> Remedy:

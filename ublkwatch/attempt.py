@@ -59,7 +59,7 @@ def begin(record: Record, now: float, policy: Policy) -> Step:
         return _stop(record, None, now)
     if half_attached(record, policy):
         return beyond(record, now, policy)
-    seq = record.seq + 1
+    seq, ended = record.seq + 1, strays(replace(record, seq=record.seq + 1))
     record = enter(
         record,
         Phase.DRAINING,
@@ -82,7 +82,7 @@ def begin(record: Record, now: float, policy: Policy) -> Step:
     )
     # A server that waits for its line comes up while the kernel tears down the old one's queues.
     spawn = (Spawn(seq),) if pace.starts_early(policy) else ()
-    return record, (*strays(record), *spawn, ReadInfo())
+    return record, (*ended, *spawn, ReadInfo())
 
 
 def try_start(record: Record, now: float, policy: Policy) -> Step:

@@ -175,7 +175,8 @@ def _status(arguments: argparse.Namespace) -> int:
         print(status.table(document, running=running))
     if not running:
         return EXIT_NOT_RUNNING
-    healthy = all(device["phase"] in ("watching", "observed") for device in document["devices"])
+    devices = document["devices"]
+    healthy = all(status.is_well(device) or device["phase"] == "observed" for device in devices)
     return EXIT_OK if healthy else EXIT_UNHEALTHY
 
 

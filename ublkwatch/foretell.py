@@ -178,11 +178,13 @@ def _ailing(record: Record, ill: Illness, policy: Policy) -> str:
         )
     if ailing.remedy(ill, policy) is Remedy.ALERT:
         return f"nothing by itself, as on_{ill.kind.value} says: {recover}"
-    if record.held:
-        return f"nothing while it is held; then its server is ended ({recover})"
+    if ill.spared:
+        return f"nothing while its server serves {ill.spared}; then that is ended"
     if ailing.spent(record, policy):
         times = len(record.failures)
         return f"nothing by itself: after {times} failures to end it did not help; {recover}"
+    if record.held:
+        return f"nothing while it is held; then its server is ended ({recover})"
     return "its server is ended, and the device is recovered"
 
 

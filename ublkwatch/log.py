@@ -8,6 +8,7 @@ import queue
 
 from ublkwatch.events import Effect, Transition
 from ublkwatch.model import Phase
+from ublkwatch.status import complaint
 
 _LINES_MAX = 10_000
 _EXPLAINED = (
@@ -60,10 +61,16 @@ def line(transition: Transition) -> tuple[int, str]:
         text += f", detected by {after.detected_by}, attempt {after.attempts}"
     elif after.reason is not None and after.phase in _EXPLAINED:
         text += f": {after.reason.value}" + (f" ({after.detail})" if after.detail else "")
+    ails = complaint(after) if after.ill != before.ill else ""
+    if ails:
+        text += f": {ails}"
+    elif before.ill and not after.ill and after.phase is before.phase:
+        text += ": its server is well again"
     if transition.effects:
         text += f"; next: {', '.join(_words(effect) for effect in transition.effects)}"
-    loud = after.phase is Phase.FAILED
-    return logging.ERROR if loud else logging.INFO, text
+    if after.phase is Phase.FAILED:
+        return logging.ERROR, text
+    return logging.WARNING if ails else logging.INFO, text
 
 
 def _words(effect: Effect) -> str:

@@ -181,6 +181,7 @@ class Illness:
     kind: Ailment
     what: str  # for people
     since: float
+    spared: str = ""  # which other device it serves that must not lose it now
     condemned: bool = False  # it was sent SIGKILL for that, or is about to be
 
 
@@ -296,6 +297,7 @@ class Policy:
     hands_off_why: str = ""  # that reason's particulars, for people
     seen_live: bool = True  # this very device was LIVE under our eyes, now or in a former life
     shutting_down: bool = False  # the host is
+    bystander: str = ""  # another device of an ailing server that must not lose it now
     chance: float = 1.0  # from 0 to 1, drawn anew for every step: the machine has no dice
     handoff: Handoff = Handoff.MANAGED
     attach: Attach = Attach.LINE

@@ -13,7 +13,7 @@ import errno
 import logging
 from dataclasses import dataclass, replace
 
-from ublkwatch import orders, recovery
+from ublkwatch import ailing, orders, recovery
 from ublkwatch.attempt import ATTEMPTING
 from ublkwatch.care import Spec
 from ublkwatch.events import (
@@ -92,8 +92,11 @@ class Monitor:
 
     def policy(self, dev_id: int) -> Policy:
         """Return the policy of one device, with what is true of it just now."""
-        policy = self._who.policy(dev_id, self._records.get(dev_id), self._edges.chance())
-        return replace(policy, shutting_down=self._shutting_down)
+        record, beside = self._records.get(dev_id), ""
+        policy = self._who.policy(dev_id, record, self._edges.chance())
+        if record is not None and record.ill is not None:
+            beside = ailing.bystander(record, self.records(), policy.generation)
+        return replace(policy, shutting_down=self._shutting_down, bystander=beside)
 
     async def refresh(self, dev_id: int) -> None:
         """Ask anew in whose care a device is, and wait for it."""

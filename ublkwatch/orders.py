@@ -66,6 +66,8 @@ def _cannot_begin(record: Record, policy: Policy) -> str:
         if not (back or known):
             return f"there is nothing to recover: {_why(record)}"
     elif record.phase is Phase.WATCHING and record.ill:
+        if policy.bystander:
+            return f"its server serves {policy.bystander}, and would be ended for that one, too"
         return "its server was sent SIGKILL already" if record.ill.condemned else ""
     elif record.phase not in WAITING:
         return f"it is {record.phase.value} already"

@@ -31,6 +31,7 @@ _RUN_FILE_MAX: Final = 1 << 16  # bytes; a record of 32 queues takes 3 KiB
 _RUN_FILE_KEYS: Final = {"version", "dev_id", "pid", "handoff", "attach", "command"}
 _RUN_FILE_MORE: Final = {"group", "name"}
 _QUEUE_THREADS: Final = "queue_threads"
+_PID_MAX: Final = 1 << 22
 _DELETED: Final = " (deleted)"  # what /proc/PID/exe says behind a name that was replaced
 # Parts of a control group's path that container runtimes and their orchestrators put there.
 _CONTAINER: Final = re.compile(
@@ -108,7 +109,9 @@ def queue_threads(info: DevInfo, host: Host) -> tuple[int, ...]:
         _UBLKSRV_RUN / f"{info.dev_id:04}.json": _declared_by_ublksrv,
     }
     for path, declared in readers.items():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with contextlib.suppress(
+            OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError
+        ):
             if tids := declared(info, path, host):
                 return tids
     return ()
@@ -190,7 +193,9 @@ def check_run_file(content: Mapping[str, Any], *, dev_id: int, pid: int) -> None
         if not isinstance(content[key], str):
             raise ValueError(f"{key}: must be a text, not {content[key]!r}")  # noqa: TRY004
     tids = content.get(_QUEUE_THREADS, [])
-    if not isinstance(tids, list) or not all(type(tid) is int and tid > 0 for tid in tids):
+    if not isinstance(tids, list) or not all(
+        type(tid) is int and 0 < tid <= _PID_MAX for tid in tids
+    ):
         raise ValueError(f"{_QUEUE_THREADS}: must be a list of thread ids, not {tids!r}")
     command = content["command"]
     if not isinstance(command, list) or not all(isinstance(w, str) and w for w in command):
@@ -199,6 +204,10 @@ def check_run_file(content: Mapping[str, Any], *, dev_id: int, pid: int) -> None
         raise ValueError("command: must begin with an absolute path")
     if problem := next(filter(None, map(unknown_placeholder, command)), None):
         raise ValueError(f"command: {problem}")
+
+
+def _is_tid(tid: object) -> bool:
+    return isinstance(tid, int) and not isinstance(tid, bool) and 0 < tid <= _PID_MAX
 
 
 def _ublksrv(info: DevInfo, exe: str, host: Host) -> Found:

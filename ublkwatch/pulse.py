@@ -7,7 +7,7 @@ layer's counters, and whether the threads are there that the server declared to 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,11 +16,13 @@ from ublkwatch import symptoms
 from ublkwatch.events import Event, ServerAils, ServerWell
 from ublkwatch.model import Ailment, DevInfo, Phase, Policy, Record, ServerId
 from ublkwatch.perform import Edges
-from ublkwatch.symptoms import Flow
+from ublkwatch.symptoms import Flow, Thread
 from ublkwatch.uapi import DevState
 
+_log = logging.getLogger("ublkwatch")
+
 _GAP_S = 0.5  # between two looks at its threads, which tell who is busy
-_SURE_S = 0.05  # between two looks that both miss a thread: a process ends thread by thread
+_SURE_S = 0.25  # between two looks that both miss a thread: who ends, ends thread by thread
 _AGAIN_S = 30.0  # until the cause of a stall that lasts is looked for anew
 _FILES_S = 5.0  # that run files may take
 _ASK_MAX_S = 64.0  # who has declared no thread for so long will not
@@ -31,6 +33,7 @@ class Caller(Protocol):
 
     def policy(self, dev_id: int) -> Policy: ...
     def post(self, dev_id: int, event: Event) -> None: ...
+    async def read(self, dev_id: int) -> None: ...
 
 
 @dataclass
@@ -71,11 +74,15 @@ class Pulse:
                 if patient is None or patient.server != record.server:
                     patient = _Patient(record.server)
                 patients[record.dev_id] = patient
-                if record.ill is None or not record.ill.condemned:
+                try:
                     self._examine(record, patient, beat_s)
+                except Exception as error:  # noqa: BLE001 - as below
+                    _log.error("ublk %d: its server was not looked at: %r", record.dev_id, error)
         self._patients = patients
 
     def _examine(self, record: Record, patient: _Patient, beat_s: float) -> None:
+        if record.ill is not None and record.ill.condemned:
+            return
         now, dev_id, server = self._edges.clock(), record.dev_id, patient.server
         before, traffic = patient.flow, self._edges.traffic(dev_id)
         if traffic is not None:
@@ -102,8 +109,9 @@ class Pulse:
     def _attend(self, dev_id: int, patient: _Patient, work: Coroutine[Any, Any, None]) -> None:
         async def attend() -> None:
             try:
-                with contextlib.suppress(TimeoutError):
-                    await work
+                await work
+            except Exception as error:  # noqa: BLE001 - to look is no reason not to recover
+                _log.error("ublk %d: its server was not looked at: %r", dev_id, error)
             finally:
                 patient.attended = False
 
@@ -112,8 +120,8 @@ class Pulse:
 
     async def _meet(self, patient: _Patient, info: DevInfo) -> None:
         """Learn which threads it has, and which of them it declares to serve queues."""
-        threads = self._threads.look(patient.server.pid)
         if not patient.names:
+            threads = await self._look(patient)
             patient.names = {tid: thread.name for tid, thread in threads.items()}
         async with asyncio.timeout(_FILES_S):  # which are on a tmpfs, as a rule
             declared = await asyncio.to_thread(self._threads.declared, info)
@@ -122,10 +130,10 @@ class Pulse:
 
     async def _find_lost(self, dev_id: int, patient: _Patient) -> None:
         """Tell which declared threads are gone, unless the whole process is about to be."""
-        missing: set[int] = set(patient.declared)
-        for pause_s in (_SURE_S, 0.0):
-            missing &= symptoms.lost(patient.declared, self._threads.look(patient.server.pid))
-            await asyncio.sleep(pause_s)
+        missing = symptoms.lost(patient.declared, await self._look(patient))
+        await asyncio.sleep(_SURE_S)
+        missing &= symptoms.lost(patient.declared, await self._look(patient))
+        await self._monitor.read(dev_id)  # it may have let go of the device, in good order
         if missing:
             tids = ", ".join(map(str, sorted(missing)))
             what = f"of process {patient.server.pid}: thread {tids}"
@@ -133,13 +141,19 @@ class Pulse:
 
     async def _find_cause(self, dev_id: int, patient: _Patient, since: float) -> None:
         """Tell of a stall, and what its threads do meanwhile."""
-        first = self._threads.look(patient.server.pid)
+        before, first = patient.flow, await self._look(patient)
         await asyncio.sleep(_GAP_S)
-        second = self._threads.look(patient.server.pid)
-        if second:
+        second, traffic = await self._look(patient), self._edges.traffic(dev_id)
+        if before is None or traffic is None or not traffic.inflight:
+            return
+        if second and traffic.completed == before.completed:
             cause = symptoms.cause(patient.names, first, second, _GAP_S)
             what = f"process {patient.server.pid}: {cause}"
             self._tell(dev_id, patient, Ailment.STALL, what, since)
+
+    async def _look(self, patient: _Patient) -> dict[int, Thread]:
+        """Look at its threads, in a thread of ours: there may be hundreds of them."""
+        return await asyncio.to_thread(self._threads.look, patient.server.pid)
 
     def _tell(self, dev_id: int, patient: _Patient, kind: Ailment, what: str, since: float) -> None:
         patient.again_at = self._edges.clock() + _AGAIN_S

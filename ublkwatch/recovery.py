@@ -157,6 +157,7 @@ def delayed(record: Record, by_s: float) -> Record:
         quiet_since=later(record.quiet_since),
         free_since=later(record.free_since),
         give_up_at=later(record.give_up_at),
+        ill=record.ill and replace(record.ill, since=record.ill.since + by_s),
     )
 
 

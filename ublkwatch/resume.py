@@ -11,7 +11,17 @@ from dataclasses import replace
 
 from ublkwatch import ailing, attempt, orders, pace, verdict
 from ublkwatch.events import EndAttempt, FindServer, ReadInfo, SendStart, Watch
-from ublkwatch.model import Armed, Handoff, Phase, Policy, Reason, Record, ServerId
+from ublkwatch.model import (
+    Ailment,
+    Armed,
+    Handoff,
+    Illness,
+    Phase,
+    Policy,
+    Reason,
+    Record,
+    ServerId,
+)
 from ublkwatch.verdict import Step
 
 _DOWN = "while ublkwatch was down"
@@ -22,6 +32,9 @@ _TRYING = (Phase.DRAINING, Phase.STARTING, Phase.ATTACHING, Phase.STOPPING)
 def resume(record: Record, candidate: ServerId | None, now: float, policy: Policy) -> Step:
     """Go on with what the record says, and with the candidate that was found."""
     armed = Armed.UNSURE if record.armed is Armed.SENT else record.armed
+    well_s = (record.ill.since if record.ill else now) - record.since
+    if record.phase is Phase.WATCHING and well_s >= policy.stable_s:
+        record = replace(record, failures=())
     record = replace(record, since=now, agreed=0, pending=False, armed=armed)
     if record.phase in _TRYING:
         # Whether a server was started that was not found nobody knows: it may have been.
@@ -40,6 +53,11 @@ def resume(record: Record, candidate: ServerId | None, now: float, policy: Polic
     else:
         record, effects = _go_on(record, now, policy)
     return record, watch + effects
+
+
+def _lasts(ill: Illness) -> bool:
+    """Tell whether it is true still: a stall may have ended while nobody looked."""
+    return ill.condemned or ill.kind is Ailment.DEAD_QUEUE
 
 
 def _go_on(  # noqa: C901, PLR0912 - one arm for each phase
@@ -73,7 +91,7 @@ def _go_on(  # noqa: C901, PLR0912 - one arm for each phase
             return attempt.attach(record, now, policy)
         case Phase.ATTACHING:
             return attempt.send_end(replace(record, wake=pace.attach_by(record, policy), ends=0))
-        case Phase.WATCHING | Phase.PROBATION if record.ill:
+        case Phase.WATCHING | Phase.PROBATION if record.ill and _lasts(record.ill):
             record, effects = ailing.treat(record, now, policy)
             return record, (*effects, ReadInfo())
         case Phase.PROBATION if not record.server:  # who serves was being looked for

@@ -22,6 +22,7 @@ from ublkwatch.model import TAG_VARIABLE, ServerId
 from ublkwatch.together import Together
 
 _NODE = "/dev/ublkc"
+_THREADS_MAX = 256  # watched at once: each is a descriptor
 _PIDFD_THREAD = os.O_EXCL  # include/uapi/linux/pidfd.h
 
 
@@ -85,7 +86,7 @@ class Servers:
         ``thread_ended`` is called when a watched thread has: then is the time to look.
         """
         self._thread_ended = thread_ended
-        self._threads: dict[ServerId, set[int]] = {}  # pidfds
+        self._threads: dict[ServerId, dict[int, int]] = {}  # pidfds, by thread
         self._boot_id = boot_id
         self._report = report
         self._loop = asyncio.get_running_loop()
@@ -127,24 +128,26 @@ class Servers:
     def watch_threads(self, server: ServerId, tids: Iterable[int]) -> None:
         """Call ``thread_ended`` when one of these threads of a watched process has ended.
 
-        A hint, which Linux before 6.9 does not give (PIDFD_THREAD): the poll looks, too.
+        A hint, for a bounded number of threads, and none before Linux 6.9: the poll looks, too.
         """
         if server not in self._pidfds:
             return  # it has ended
-        for tid in tids:
+        watched = self._threads.setdefault(server, {})
+        for tid in set(tids) - watched.keys():
+            if sum(map(len, self._threads.values())) >= _THREADS_MAX:
+                return
             with contextlib.suppress(OSError):
-                pidfd = os.pidfd_open(tid, _PIDFD_THREAD)
-                self._threads.setdefault(server, set()).add(pidfd)
-                self._loop.add_reader(pidfd, self._end_thread, server, pidfd)
+                watched[tid] = os.pidfd_open(tid, _PIDFD_THREAD)
+                self._loop.add_reader(watched[tid], self._end_thread, server, tid)
 
-    def _end_thread(self, server: ServerId, pidfd: int) -> None:
-        self._threads[server].discard(pidfd)
+    def _end_thread(self, server: ServerId, tid: int) -> None:
+        pidfd = self._threads[server].pop(tid)
         self._loop.remove_reader(pidfd)
         os.close(pidfd)
         self._thread_ended()
 
     def _forget_threads(self, server: ServerId) -> None:
-        for pidfd in self._threads.pop(server, ()):
+        for pidfd in self._threads.pop(server, {}).values():
             self._loop.remove_reader(pidfd)
             os.close(pidfd)
 

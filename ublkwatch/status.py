@@ -27,7 +27,7 @@ from ublkwatch.uapi import DevFlags, DevState
 SCHEMA_VERSION = 1
 
 # What a policy says that no operator chose.
-_TRUTHS = {"generation", "has_spec", "seen_live", "shutting_down", "chance"} | {
+_TRUTHS = {"generation", "has_spec", "seen_live", "shutting_down", "chance", "bystander"} | {
     "hands_off",
     "hands_off_why",
 }
@@ -203,8 +203,8 @@ _COLUMNS = ("DEVICE", "STATE", "PHASE", "SERVER", "QUEUES", "I/O ON A CRASH", "R
 def table(status: dict[str, Any], *, running: bool, wall: float | None = None) -> str:
     """Return the table for people, problems first; a summary line heads it."""
     wall = time.time() if wall is None else wall
-    devices = sorted(status["devices"], key=lambda device: (_is_well(device), device["dev_id"]))
-    watched = sum(map(_is_well, devices))
+    devices = sorted(status["devices"], key=lambda device: (is_well(device), device["dev_id"]))
+    watched = sum(map(is_well, devices))
     head = f"{len(devices)} device{'s' * (len(devices) != 1)}, {watched} watched and LIVE"
     if not running:
         head += f"; ublkwatch is not running, this is {wall - status['written_at']:.0f} s old"
@@ -221,8 +221,9 @@ def table(status: dict[str, Any], *, running: bool, wall: float | None = None) -
     return "\n".join(lines)
 
 
-def _is_well(device: dict[str, Any]) -> bool:
-    return device["phase"] == "watching" and device["ailment"] is None
+def is_well(device: dict[str, Any]) -> bool:
+    """Tell whether a device of the document is watched, and nothing ails its server."""
+    return device["phase"] == "watching" and not device.get("ailment")
 
 
 def _row(device: dict[str, Any]) -> tuple[str, ...]:

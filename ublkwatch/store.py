@@ -14,7 +14,7 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -251,8 +251,9 @@ def _encode(record: Record) -> dict[str, Any]:
 
 def _decode_record(content: dict[str, Any], version: int) -> Record:
     _check_version(version)
+    known = {field.name for field in fields(Record)}
     return Record(
-        **content
+        **{key: value for key, value in content.items() if key in known}  # an older one has others
         | {
             "phase": Phase[content["phase"]],
             "reason": Reason[content["reason"]] if content["reason"] else None,
@@ -261,7 +262,7 @@ def _decode_record(content: dict[str, Any], version: int) -> Record:
             "server": ServerId(**content["server"]) if content["server"] else None,
             "candidate": ServerId(**content["candidate"]) if content["candidate"] else None,
             "ended": ServerId(**content["ended"]) if content.get("ended") else None,
-            "ill": _decode_illness(content["ill"]) if content["ill"] else None,
+            "ill": _decode_illness(content["ill"]) if content.get("ill") else None,
             "failures": tuple(content["failures"]),
             "marks": tuple((name, at) for name, at in content["marks"]),
         }

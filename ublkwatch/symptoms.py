@@ -64,12 +64,12 @@ def cause(
         where = ", ".join(sorted({t.waits_in for t in sleeping.values() if t.waits_in}))
         said.append(
             f"{_named(sleeping)} in uninterruptible sleep{f' in {where}' if where else ''}, "
-            "where no signal reaches it"
+            "where at most SIGKILL reaches it"
         )
     if gone := {tid: name for tid, name in then.items() if tid not in second}:
         said.append(
-            f"{len(gone)} of the {len(then)} threads are gone that it had when the device was "
-            f"LIVE: {_names(gone)}"
+            f"{len(gone)} of the {len(then)} threads are gone that it had when it was first looked "
+            f"at: {_names(gone)}"
         )
     busy = {}
     for tid, thread in second.items():

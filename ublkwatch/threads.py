@@ -46,7 +46,7 @@ def _read(home: Path) -> Thread:
     with contextlib.suppress(OSError):  # for root alone
         waits_in = (home / "wchan").read_text().strip("0\n")
     return Thread(
-        name=name,
+        name="".join(c if c.isprintable() else "?" for c in name),  # its own word
         state=fields[0],
         cpu_s=(int(fields[11]) + int(fields[12])) / _TICKS_PER_S,
         waits_in=waits_in,

@@ -49,7 +49,7 @@ def test_a_server_that_is_stopped_is_found_and_forgotten_when_it_goes_on(
     assert control.info(0).state == DevState.LIVE, "as far as the kernel knows"
     assert ublkwatch(supervisor, "explain", "0") == cli.EXIT_OK
     assert "Next:    nothing by itself, as on_stall says" in capsys.readouterr().out
-    assert ublkwatch(supervisor, "status") == cli.EXIT_OK
+    assert ublkwatch(supervisor, "status") == cli.EXIT_UNHEALTHY
     assert capsys.readouterr().out.startswith("1 device, 0 watched and LIVE")
     os.kill(pid, signal.SIGCONT)
     supervisor.until("it is well again", ailment=None)
