@@ -19,9 +19,9 @@ from ublkwatch.care import Care, Job, Origin, Spec
 from ublkwatch.ctrl import CtrlError
 from ublkwatch.events import Transition
 from ublkwatch.lanes import Lanes
-from ublkwatch.model import DevInfo, Generation, Phase, Policy, Reason, Record, ServerId
+from ublkwatch.model import DevInfo, Generation, Phase, Policy, Reason, Record, ServerId, Traffic
 from ublkwatch.monitor import Monitor
-from ublkwatch.perform import Edges
+from ublkwatch.perform import Edges, Threads
 from ublkwatch.rules import Unmanaged
 from ublkwatch.uapi import DevFlags, DevState
 
@@ -41,6 +41,8 @@ class World(PlainLauncher):
     )
     alive: dict[int, ServerId] = field(default_factory=lambda: {FIRST.pid: FIRST})
     diary: list[str] = field(default_factory=list)
+    threads: Threads = NO_THREADS
+    traffic: Traffic | None = None
     saved: dict[int, Record] = field(default_factory=dict)
     specs: dict[int, Spec] = field(default_factory=dict)
     disk_full: bool = False
@@ -68,8 +70,8 @@ class World(PlainLauncher):
             launcher=self,
             store=self,
             dev_ids=self.dev_ids,
-            threads=NO_THREADS,
-            traffic=lambda _: None,
+            threads=self.threads,
+            traffic=lambda _: self.traffic,
             instance=self.instance,
             holds=lambda _pid, _node: True,
             publish=self.transitions.append,

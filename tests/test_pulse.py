@@ -11,10 +11,22 @@ from typing import Any, cast
 
 import pytest
 import virtual
+from patience import until
 from stories import INFO, OLD
+from test_monitor import World, play
 
 from ublkwatch.events import Event, ServerAils, ServerWell
-from ublkwatch.model import Ailment, DevInfo, Illness, Phase, Policy, Record, ServerId, Traffic
+from ublkwatch.model import (
+    Ailment,
+    DevInfo,
+    Illness,
+    Phase,
+    Policy,
+    Record,
+    Remedy,
+    ServerId,
+    Traffic,
+)
 from ublkwatch.perform import Edges, Threads
 from ublkwatch.pulse import Pulse
 from ublkwatch.symptoms import Thread
@@ -354,3 +366,33 @@ def test_the_threads_of_a_stalled_server_that_are_gone_are_named() -> None:
         "process 100: 1 of the 2 threads are gone that it had when it was first looked at: "
         "101 (worker)"
     )
+
+
+# --- in the house --------------------------------------------------------------------------------
+
+
+class Hung(World):
+    """A device whose server hangs until it is ended."""
+
+    def kill(self, server: ServerId) -> None:
+        assert self.info is not None
+        self.info = replace(self.info, state=DevState.QUIESCED)
+        self.traffic = Traffic(0, 8)
+        super().kill(server)
+
+
+def test_a_server_that_hangs_is_told_of_ended_and_replaced() -> None:
+    look = Threads(lambda _: {100}, lambda _: {100: SLEEPS}, lambda _: (), lambda _pid, _tids: None)
+    world = Hung(traffic=Traffic(3, 7), threads=look)
+
+    async def story() -> None:
+        await until(lambda: world.seen.records()[:1], "it is seen")
+        await until(lambda: world.seen.records()[0].recoveries == 1, "it is replaced")
+
+    play(world, story, on_stall=Remedy.KILL, stall_timeout_s=0.5)
+    [told] = [each for each in world.transitions if each.event == "ServerAils"]
+    assert told.before.ill is None
+    assert told.after.ill is not None
+    assert told.after.ill.condemned
+    [lost] = [each for each in world.transitions if each.event == "ServerExited"]
+    assert lost.after.detected_by == "stall"
