@@ -145,7 +145,7 @@ def test_a_file_system_can_be_unmounted_when_the_time_of_its_io_is_over(
     supervisor.kill_server()
     write = 'echo 1 >"$0/file" && sync -f "$0"'
     with subprocess.Popen(["sh", "-c", write, str(mount)], stderr=subprocess.DEVNULL) as waiting:
-        supervisor.until("its time is over", phase="failed", reason="HOLD_TIMEOUT", stopped=True)
+        supervisor.until("its time is over", phase="failed", stopped=True)
         assert waiting.wait(DEADLINE_S) != 0, "it was told that its write is lost"
     subprocess.run(["umount", mount], check=True, timeout=DEADLINE_S)
     control.remove(0)
