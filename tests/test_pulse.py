@@ -15,11 +15,12 @@ from patience import until
 from stories import INFO, OLD
 from test_monitor import World, play
 
-from ublkwatch.events import Event, ServerAils, ServerWell
+from ublkwatch.events import Asked, Event, ServerAils, ServerWell
 from ublkwatch.model import (
     Ailment,
     DevInfo,
     Illness,
+    Order,
     Phase,
     Policy,
     Record,
@@ -396,3 +397,39 @@ def test_a_server_that_hangs_is_told_of_ended_and_replaced() -> None:
     assert told.after.ill.condemned
     [lost] = [each for each in world.transitions if each.event == "ServerExited"]
     assert lost.after.detected_by == "stall"
+
+
+class Two(Hung):
+    """Two devices of one process that hangs."""
+
+    def dev_ids(self) -> set[int]:
+        return {0, 1}
+
+    async def get_dev_info(self, dev_id: int) -> DevInfo:
+        return replace(await super().get_dev_info(dev_id), dev_id=dev_id)
+
+
+def test_a_process_is_not_ended_while_another_device_of_its_is_held() -> None:
+    look = Threads(lambda _: {100}, lambda _: {100: SLEEPS}, lambda _: (), lambda _pid, _tids: None)
+    world = Two(threads=look)
+
+    def ill(dev_id: int) -> Illness | None:
+        found = [each.ill for each in world.seen.records() if each.dev_id == dev_id]
+        return found[0] if found else None
+
+    def both_watched() -> bool:
+        return [each.phase for each in world.seen.records()] == [Phase.WATCHING] * 2
+
+    async def story() -> None:
+        await until(both_watched, "both are watched")
+        assert await world.seen.order(1, Asked(Order.HOLD)) == ""
+        world.traffic = Traffic(3, 7)
+        await until(lambda: ill(0), "it is found")
+        found = ill(0)
+        assert found is not None
+        assert (found.spared, found.condemned) == ("ublkb1, which is held", False)
+        assert 100 in world.alive
+        assert await world.seen.order(1, Asked(Order.RELEASE)) == ""
+        await until(lambda: 100 not in world.alive, "and ended when that is over")
+
+    play(world, story, on_stall=Remedy.KILL, stall_timeout_s=0.5)

@@ -23,6 +23,7 @@ from ublkwatch.events import (
     InfoRead,
     Ready,
     Resumed,
+    ServerAils,
     ServerExited,
     ShutdownBegun,
     Transition,
@@ -90,11 +91,11 @@ class Monitor:
         """Return all devices of which there is a record, those of a former life, too."""
         return [*self._records.values(), *self._former.values()]
 
-    def policy(self, dev_id: int) -> Policy:
-        """Return the policy of one device, with what is true of it just now."""
+    def policy(self, dev_id: int, event: Event | None = None) -> Policy:
+        """Return the policy of one device, with what is true of it just now, as ``event`` comes."""
         record, beside = self._records.get(dev_id), ""
         policy = self._who.policy(dev_id, record, self._edges.chance())
-        if record is not None and record.ill is not None:
+        if record is not None and (record.ill is not None or isinstance(event, ServerAils)):
             beside = ailing.bystander(record, self.records(), policy.generation)
         return replace(policy, shutting_down=self._shutting_down, bystander=beside)
 
@@ -187,7 +188,7 @@ class Monitor:
             return
         now = self._edges.clock()
         self._notice_stall(now)
-        before, policy = self._records[dev_id], self.policy(dev_id)
+        before, policy = self._records[dev_id], self.policy(dev_id, event)
         try:
             after, effects = recovery.step(before, event, now, policy)
             if not self._commit(before, after, dev_id):

@@ -34,8 +34,9 @@ changes nothing is written down (``DEAF``). The rules, each held by a test:
 13. A process that serves other devices too is not ended for one device's sake: that one is given
     up, and has one more attempt when the process ends. Half attached on G2, it has none.
 14. A server that lives while I/O hangs in it is ended only where the operator chose that (for a
-    dead queue it is the default), or asks for it; then whomever else it serves. It costs as much of
-    the budget as an attempt that failed, and where that is spent the device is left as it is.
+    dead queue it is the default), or asks for it; then whomever else it serves, but for a device
+    that is held, or on G2 attaches. It costs as much of the budget as an attempt that failed, and
+    where that is spent the device is left as it is.
 """
 
 from __future__ import annotations
