@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from ublkwatch.perform import Threads
 
 NO_THREADS = Threads(lambda _: set(), lambda _: {}, lambda _: (), lambda _server, _tids: None)
 
 
-class PlainLauncher:
+class PlainLauncher(ABC):
     """Each attempt has a home of its own, and its processes are our children or unknown."""
 
-    def how_ended(self, pid: int) -> tuple[str, int | None]:
-        raise NotImplementedError
+    @abstractmethod
+    def how_ended(self, pid: int) -> tuple[str, int | None]: ...
 
-    def last_words(self, tag: str) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def last_words(self, tag: str) -> str: ...
 
     def root(self, tag: str) -> str:
         return tag

@@ -285,8 +285,8 @@ def test_a_systemctl_that_ends_at_its_very_deadline_is_no_bug(
 
     async def ask() -> None:
         for step in range(20):
-            monkeypatch.setattr("ublkwatch.launch._SHUTDOWN_ANSWER_S", 0.85 + step / 100)
-            launcher = Launcher(tmp_path, lambda _: None, tmp_path)
+            answer_s = 0.85 + step / 100
+            launcher = Launcher(tmp_path, lambda _: None, tmp_path, answer_s=answer_s)
             asking.append(asyncio.create_task(launcher.shutting_down()))
             await asyncio.sleep(0)
         await asyncio.sleep(0.3)

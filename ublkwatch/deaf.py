@@ -119,19 +119,7 @@ DEAF: dict[Phase, frozenset[type[Event]]] = {
     Phase.FAILING: frozenset(
         {Asked, Decided, HoldersFound, ServerAils, ServerWell, Ready, ServerFound, SpawnFailed}
     ),
-    Phase.FAILED: frozenset(
-        {
-            AttemptShared,
-            Decided,
-            HoldersFound,
-            ServerAils,
-            ServerWell,
-            Ready,
-            ServerFound,
-            ShutdownBegun,
-            SpawnFailed,
-        }
-    ),
+    Phase.FAILED: _AT_REST,
     Phase.GONE: frozenset(
         {
             AttemptShared,

@@ -38,7 +38,7 @@ _SHUTDOWN_ANSWER_S = 5.0
 class Launcher:
     """Starts the servers of attempts, and speaks to them."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each by its name
         self,
         runtime_dir: Path,
         ready: Callable[[str], None],
@@ -46,16 +46,19 @@ class Launcher:
         *,
         kind: str = "fork",
         groups: Path | None = None,
+        answer_s: float = _SHUTDOWN_ANSWER_S,
     ) -> None:
         """``ready`` is told, from the loop, the tag of an attempt whose server said READY=1.
 
         ``systemd`` is there where systemd is the host's init (sd_booted(3)). ``kind`` is one of
         LAUNCHERS: "auto" takes systemd where it is the init and answers on the system bus.
-        ``groups`` is the control group for those of forked servers; as a rule our own.
+        ``groups`` is the control group for those of forked servers; as a rule our own. ``answer_s``
+        is the time that systemctl has to say whether the host shuts down.
         """
         self._systemd = systemd
         self._shutdown = Together(self._ask_systemd)
         self._kind = kind
+        self._answer_s = answer_s
         self._homes = Homes(runtime_dir, ready)
         self._fork = ForkStarter(groups or cgroup.own())
         self._units = UnitStarter({tag: self._homes.path(tag) for tag in self._homes.all()})
@@ -227,7 +230,7 @@ class Launcher:
         except OSError:
             return False
         try:
-            async with asyncio.timeout(_SHUTDOWN_ANSWER_S):
+            async with asyncio.timeout(self._answer_s):
                 output, _ = await process.communicate()
         except TimeoutError:
             await _kill(process)

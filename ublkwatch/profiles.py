@@ -193,9 +193,7 @@ def check_run_file(content: Mapping[str, Any], *, dev_id: int, pid: int) -> None
         if not isinstance(content[key], str):
             raise ValueError(f"{key}: must be a text, not {content[key]!r}")  # noqa: TRY004
     tids = content.get(_QUEUE_THREADS, [])
-    if not isinstance(tids, list) or not all(
-        type(tid) is int and 0 < tid <= _PID_MAX for tid in tids
-    ):
+    if not isinstance(tids, list) or not all(map(_is_tid, tids)):
         raise ValueError(f"{_QUEUE_THREADS}: must be a list of thread ids, not {tids!r}")
     command = content["command"]
     if not isinstance(command, list) or not all(isinstance(w, str) and w for w in command):

@@ -42,7 +42,7 @@ class _Patient:
 
     server: ServerId
     flow: Flow | None = None
-    names: dict[int, str] = field(default_factory=dict)  # of its threads, when it was LIVE
+    names: dict[int, str] = field(default_factory=dict)  # of its threads, at the first look
     declared: tuple[int, ...] = ()
     asked: int = 0  # how often what it declares was asked for
     ask_at: float = 0.0

@@ -54,7 +54,7 @@ def cause(
 ) -> str:
     """Say what keeps a server from completing requests, as far as its threads tell.
 
-    ``then`` has the names of the threads that it had when its device was LIVE; two looks at them,
+    ``then`` has the names of the threads that it had at the first look; two looks at them,
     ``gap_s`` apart, tell who is busy.
     """
     said = []

@@ -66,9 +66,8 @@ async def create(
             devices[dev_id] = device
             await asyncio.to_thread(device.fetch)
             faults.at("fetched")
-            run_files.write(
-                dev_id, device.threads()
-            )  # before it can be LIVE: then it is looked for
+            # Before it can be LIVE: then it is looked for.
+            run_files.write(dev_id, device.threads())
             await ctrl.start_dev(dev_id, os.getpid())
             info = await ctrl.get_dev_info(dev_id)
             granted = f"queues={info.nr_hw_queues} depth={info.queue_depth} flags={info.flags:#x}"

@@ -191,14 +191,11 @@ def test_the_user_and_the_groups_of_the_lost_server_are_kept(place: Path) -> Non
 def test_systemd_says_how_a_process_ended_and_the_journal_its_last_words(
     *,
     place: Path,
-    monkeypatch: pytest.MonkeyPatch,
     code: str,
     how: str,
     status: int | None,
     words: str,
 ) -> None:
-    monkeypatch.setattr("ublkwatch.units._AUTOPSY_S", DEADLINE_S)  # what it bounds is not tested
-
     async def work(home: Home) -> None:
         pid = await home.start("input()\n" + code)
         assert home.launcher.must_ask(pid)
@@ -207,8 +204,8 @@ def test_systemd_says_how_a_process_ended_and_the_journal_its_last_words(
         assert home.launcher.how_ended(pid) == ("unknown", None)
         deadline = time.monotonic() + DEADLINE_S
         said = await home.launcher.autopsy("1-1-1", pid)
-        while said[2] != words and time.monotonic() < deadline:  # the journal may be behind
-            assert said == (how, status, "")
+        while said[2] != words and time.monotonic() < deadline:  # systemd or journal may be late
+            assert said in ((how, status, ""), ("unknown", None, ""))
             said = await home.launcher.autopsy("1-1-1", pid)
         assert said == (how, status, words)
 
