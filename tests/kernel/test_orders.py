@@ -43,7 +43,7 @@ def test_a_held_device_waits_until_it_is_released_and_loses_nothing(
     server()
     supervisor = watch({0: "null"})
     supervisor.watching()
-    reader = fio(rw="randread", verify=0, time_based=1, runtime=3600)
+    reader = fio(rw="randread", verify=0, time_based=1, runtime=3600, rate_iops=200)
     reader.wait_progress()
     assert ublkwatch(supervisor, "hold", "/dev/ublkb0", "--reason", "new disk") == cli.EXIT_OK
     supervisor.until("the hold shows", held=True)
