@@ -30,6 +30,7 @@ from ublkwatch.rules import Unmanaged
 from ublkwatch.store import Store
 from ublkwatch.trust import check_executable
 from ublkwatch.uapi import DevState
+from ublkwatch.verbs import Exit
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
@@ -148,7 +149,7 @@ def test_a_held_device_waits_and_a_released_one_is_recovered(
     caplog.set_level(logging.INFO, "ublkwatch")
 
     async def story() -> None:
-        assert await place.run("hold", "/dev/ublkb0", "--reason", "new disk") == cli.EXIT_OK
+        assert await place.run("hold", "/dev/ublkb0", "--reason", "new disk") == Exit.OK
         told = place.show()
         assert told["held"] is True
         assert told["held_until"] is None
@@ -160,7 +161,7 @@ def test_a_held_device_waits_and_a_released_one_is_recovered(
         looks = place.seen.polls
         await until(lambda: place.seen.polls > looks + 3, "it looks on")
         assert "spawn 0-1-1" not in place.diary
-        assert await place.run("release", "ublkb0") == cli.EXIT_OK
+        assert await place.run("release", "ublkb0") == Exit.OK
         assert (await phase(place, Phase.WATCHING)).recoveries == 1
 
     play(place, story)
@@ -177,7 +178,7 @@ def test_a_held_device_waits_and_a_released_one_is_recovered(
 def test_a_hold_for_a_time_ends_by_itself(place: Place) -> None:
     async def story() -> None:
         began = time.monotonic()
-        assert await place.run("hold", "0", "--for", "0.3s") == cli.EXIT_OK
+        assert await place.run("hold", "0", "--for", "0.3s") == Exit.OK
         place.crash()
         await phase(place, Phase.HELD)
         record = await phase(place, Phase.WATCHING)
@@ -193,7 +194,7 @@ def test_a_device_that_was_given_up_is_tried_again_when_asked(place: Place) -> N
         place.crash()
         record = await phase(place, Phase.FAILED)
         assert record.reason is Reason.SPAWN_FAILED
-        assert await place.run("retry", "0") == cli.EXIT_OK
+        assert await place.run("retry", "0") == Exit.OK
         assert (await phase(place, Phase.WATCHING)).recoveries == 1
 
     play(place, story, attempts_max=2, backoff_base_s=0.01)
@@ -203,9 +204,9 @@ def test_a_device_that_was_lost_before_we_came_is_recovered_when_asked(place: Pl
     async def story() -> None:
         place.crash()
         await phase(place, Phase.GRACE)
-        assert await place.run("recover", "ublkc0") == cli.EXIT_OK
+        assert await place.run("recover", "ublkc0") == Exit.OK
         await phase(place, Phase.WATCHING)
-        assert await place.run("forget", "0", "--reason", "mine") == cli.EXIT_OK
+        assert await place.run("forget", "0", "--reason", "mine") == Exit.OK
         record = await phase(place, Phase.OBSERVED)
         assert record.reason is Reason.FORGOTTEN
         assert record.detail.endswith(": mine")
@@ -217,8 +218,8 @@ def test_a_refusal_has_words_a_code_and_a_way_out(
     place: Place, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def story() -> None:
-        assert await place.run("retry", "0") == cli.EXIT_REFUSED
-        assert await place.run("hold", "9") == cli.EXIT_REFUSED
+        assert await place.run("retry", "0") == Exit.REFUSED
+        assert await place.run("hold", "9") == Exit.REFUSED
 
     play(place, story)
     assert capsys.readouterr().err == (
@@ -273,12 +274,12 @@ def test_explain_says_what_is_and_when_nobody_is_there_to_act(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def story() -> None:
-        assert await place.run("hold", "0", "--for", "2h", "--reason", "new disk") == cli.EXIT_OK
+        assert await place.run("hold", "0", "--for", "2h", "--reason", "new disk") == Exit.OK
         place.crash()
         await phase(place, Phase.HELD)
         await until(lambda: place.show()["state"] == "QUIESCED", "the state was read")
         capsys.readouterr()
-        assert await place.run("explain", "0") == cli.EXIT_OK
+        assert await place.run("explain", "0") == Exit.OK
 
     play(place, story, on_exhausted=Exhausted.FAIL)
     told = capsys.readouterr().out
@@ -291,7 +292,7 @@ def test_explain_says_what_is_and_when_nobody_is_there_to_act(
     place.store.close()
     code = cli.main(["explain", "0", "--config", str(place.config)])
     told = capsys.readouterr().out
-    assert code == cli.EXIT_NOT_RUNNING
+    assert code == Exit.NOT_RUNNING
     assert "ublkwatch is NOT RUNNING since 20" in told
     assert "new disk, until " in told
 
@@ -305,7 +306,7 @@ def test_explain_knows_what_only_the_status_says(
         await phase(place, Phase.GRACE)
         place.seen.quarantine(0, ValueError("odd"))
         await until(lambda: place.show()["state"] == "QUIESCED", "the state was read")
-        assert await place.run("explain", "0") == cli.EXIT_OK
+        assert await place.run("explain", "0") == Exit.OK
 
     play(place, story, grace_s=3600)
     told = capsys.readouterr().out
@@ -318,17 +319,17 @@ def test_explain_of_an_unknown_device_and_of_another_boots_record(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["explain", "5", "--config", str(place.config)]
-    assert cli.main(arguments) == cli.EXIT_REFUSED
+    assert cli.main(arguments) == Exit.REFUSED
     assert "ublkb5: no such device is known; `ublkwatch status` shows" in capsys.readouterr().err
     place.store.save_record(Record(dev_id=5, instance="another-boot/1"))
-    assert cli.main(arguments) == cli.EXIT_REFUSED
+    assert cli.main(arguments) == Exit.REFUSED
     (place.runtime_dir / "records/5.json").write_text("{")
-    assert cli.main(arguments) == cli.EXIT_FAILED
+    assert cli.main(arguments) == Exit.FAILED
     assert "records/5.json cannot be understood" in capsys.readouterr().err
     assert (place.runtime_dir / "records/5.json").exists()
     place.store.close()
     place.store.drop_record(5)
-    assert cli.main(arguments) == cli.EXIT_NOT_RUNNING
+    assert cli.main(arguments) == Exit.NOT_RUNNING
     assert "unknown, and ublkwatch is not running" in capsys.readouterr().err
 
 
@@ -339,7 +340,7 @@ def test_explain_of_an_unknown_device_and_of_another_boots_record(
 def test_without_a_daemon_every_order_says_so(
     place: Place, verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([verb, "3", "--config", str(place.config)]) == cli.EXIT_NOT_RUNNING
+    assert cli.main([verb, "3", "--config", str(place.config)]) == Exit.NOT_RUNNING
     assert capsys.readouterr().err == (
         f"ublkwatch: {verb} ublkb3: ublkwatch is not running; start it, then ask again\n"
     )
@@ -364,12 +365,12 @@ def test_without_a_daemon_every_order_says_so(
 def test_wrong_usage_is_refused_before_anything_is_done(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
-    assert ended.value.code == cli.EXIT_USAGE
+    assert ended.value.code == Exit.USAGE
 
 
 def test_a_reason_without_end_is_wrong_usage(place: Place) -> None:
     arguments = ["hold", "0", "--reason", "x" * 501, "--config", str(place.config)]
-    assert cli.main(arguments) == cli.EXIT_USAGE
+    assert cli.main(arguments) == Exit.USAGE
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="for root, which can be nobody for a while")
@@ -386,7 +387,7 @@ def test_who_is_not_root_is_told_so(verb: str, capsys: pytest.CaptureFixture[str
             os.seteuid(65534)
             try:
                 what = () if verb == "registered" else ("0",)
-                assert await place.run(verb, *what) == cli.EXIT_NO_PERMISSION
+                assert await place.run(verb, *what) == Exit.NO_PERMISSION
             finally:
                 os.seteuid(0)
                 door.close()
@@ -408,8 +409,8 @@ def test_what_is_registered_is_kept_shown_and_undone(
     command = ("--reason", "new disk", "--", "/bin/true", "recover", "-n", "{dev_id}")
 
     async def story() -> None:
-        assert await place.run(*REGISTER, *command) == cli.EXIT_OK
-        assert await place.run("registered") == cli.EXIT_OK
+        assert await place.run(*REGISTER, *command) == Exit.OK
+        assert await place.run("registered") == Exit.OK
         table = {
             "dev_id": 3,
             "handoff": "delegated",
@@ -417,9 +418,9 @@ def test_what_is_registered_is_kept_shown_and_undone(
             "command": ["/bin/true", "recover", "-n", "{dev_id}"],
         }
         assert place.library.registered() == {"ublkb3": table}
-        assert await place.run("unregister", "ublkb3") == cli.EXIT_OK
-        assert await place.run("unregister", "ublkb3") == cli.EXIT_REFUSED
-        assert await place.run("registered", "--json") == cli.EXIT_OK
+        assert await place.run("unregister", "ublkb3") == Exit.OK
+        assert await place.run("unregister", "ublkb3") == Exit.REFUSED
+        assert await place.run("registered", "--json") == Exit.OK
 
     play(place, story)
     said = capsys.readouterr()
@@ -442,12 +443,12 @@ def test_a_registered_command_is_the_one_that_is_started(place: Place) -> None:
 
     async def story() -> None:
         assert place.show()["reason"] == "NO_SPEC"
-        assert await place.run("register", "0", "--", "/bin/true", "{queues}") == cli.EXIT_OK
+        assert await place.run("register", "0", "--", "/bin/true", "{queues}") == Exit.OK
         await phase(place, Phase.WATCHING)
         place.crash()
         assert (await until_recovered(place)).recoveries == 1
         assert [job.command for job in place.jobs] == [("/bin/true", "1")]
-        assert await place.run("forget", "0") == cli.EXIT_OK
+        assert await place.run("forget", "0") == Exit.OK
         assert place.library.registered() == {}
 
     play(place, story, first=Phase.OBSERVED)
@@ -467,9 +468,9 @@ def test_a_registration_that_is_wrong_is_refused_with_words(
             ("--profile", "kublk", "--", "/bin/true"),
         ):
             code = await place.run("register", "3", *words)
-            assert code in (cli.EXIT_REFUSED, cli.EXIT_CONFIG), words
-        assert await place.run("register", "0", "--", "/bin/true") == cli.EXIT_REFUSED
-        assert await place.run("register", "--process", "x", "--", "/bin/true") == cli.EXIT_CONFIG
+            assert code in (Exit.REFUSED, Exit.CONFIG), words
+        assert await place.run("register", "0", "--", "/bin/true") == Exit.REFUSED
+        assert await place.run("register", "--process", "x", "--", "/bin/true") == Exit.CONFIG
         assert place.library.registered() == {}
 
     play(place, story)
@@ -496,14 +497,14 @@ def test_without_a_daemon_a_registration_is_kept_for_the_next_one(
     options = ("--env", "A=b=c", "--limit", "nofile=10:20", "--set", "cpus=[1, 2]")
     for _ in range(2):  # the second takes the place of the first
         arguments = [*rule, "--config", str(place.config), *options, "--", "/bin/true"]
-        assert cli.main(arguments) == cli.EXIT_OK
+        assert cli.main(arguments) == Exit.OK
     for words, code in (
-        (("registered",), cli.EXIT_OK),
-        (("reload",), cli.EXIT_NOT_RUNNING),
-        (("unregister", "other"), cli.EXIT_REFUSED),
-        (("unregister", "../registered/vms"), cli.EXIT_REFUSED),
-        (("unregister", "vms"), cli.EXIT_OK),
-        (("registered",), cli.EXIT_OK),
+        (("registered",), Exit.OK),
+        (("reload",), Exit.NOT_RUNNING),
+        (("unregister", "other"), Exit.REFUSED),
+        (("unregister", "../registered/vms"), Exit.REFUSED),
+        (("unregister", "vms"), Exit.OK),
+        (("registered",), Exit.OK),
     ):
         assert cli.main([*words, "--config", str(place.config)]) == code, words
     out = capsys.readouterr().out
@@ -516,7 +517,7 @@ def test_a_configuration_is_read_anew_when_asked_for(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def story() -> None:
-        assert await place.run("reload") == cli.EXIT_REFUSED
+        assert await place.run("reload") == Exit.REFUSED
 
     play(place, story)
     assert "reload: refused: no configuration here; nothing was changed" in capsys.readouterr().err

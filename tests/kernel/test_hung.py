@@ -15,9 +15,9 @@ from conftest import DEADLINE_S, wait_until
 from supervisor import Supervisor
 from test_orders import ublkwatch
 
-from ublkwatch import cli
 from ublkwatch.profiles import RUN_FILES
 from ublkwatch.uapi import DevState
+from ublkwatch.verbs import Exit
 
 if TYPE_CHECKING:
     from conftest import Control, Load, Servers
@@ -47,9 +47,9 @@ def test_a_server_that_is_stopped_is_found_and_forgotten_when_it_goes_on(
         f"(process {pid}: its process is stopped: SIGSTOP, or a debugger)"
     )
     assert control.info(0).state == DevState.LIVE, "as far as the kernel knows"
-    assert ublkwatch(supervisor, "explain", "0") == cli.EXIT_OK
+    assert ublkwatch(supervisor, "explain", "0") == Exit.OK
     assert "Next:    nothing by itself, as on_stall says" in capsys.readouterr().out
-    assert ublkwatch(supervisor, "status") == cli.EXIT_UNHEALTHY
+    assert ublkwatch(supervisor, "status") == Exit.UNHEALTHY
     assert capsys.readouterr().out.startswith("1 device, 0 watched and LIVE")
     os.kill(pid, signal.SIGCONT)
     supervisor.until("it is well again", ailment=None)

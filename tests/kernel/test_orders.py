@@ -14,6 +14,7 @@ from test_modes import Disk
 
 from ublkwatch import cli
 from ublkwatch.uapi import DevState
+from ublkwatch.verbs import Exit
 
 if TYPE_CHECKING:
     from conftest import Control, Load, Servers
@@ -45,7 +46,7 @@ def test_a_held_device_waits_until_it_is_released_and_loses_nothing(
     supervisor.watching()
     reader = fio(rw="randread", verify=0, time_based=1, runtime=3600, rate_iops=200)
     reader.wait_progress()
-    assert ublkwatch(supervisor, "hold", "/dev/ublkb0", "--reason", "new disk") == cli.EXIT_OK
+    assert ublkwatch(supervisor, "hold", "/dev/ublkb0", "--reason", "new disk") == Exit.OK
     supervisor.until("the hold shows", held=True)
     before = supervisor.kill_server()
     shown = supervisor.until("held", phase="held", state="QUIESCED")
@@ -55,20 +56,20 @@ def test_a_held_device_waits_until_it_is_released_and_loses_nothing(
         read = disk.read()
         wait_until(read.waits, DEADLINE_S, "the read waits")
         capsys.readouterr()
-        assert ublkwatch(supervisor, "explain", "0") == cli.EXIT_OK
+        assert ublkwatch(supervisor, "explain", "0") == Exit.OK
         told = capsys.readouterr().out
         assert f"Held:    by {shown['held_by']}, until it is released" in told
         assert "Next:    nothing: it waits for `ublkwatch release 0`" in told
         assert not read.done
         assert tagged() == set()
         assert control.info(0).state == DevState.QUIESCED
-        assert ublkwatch(supervisor, "release", "ublkb0") == cli.EXIT_OK
+        assert ublkwatch(supervisor, "release", "ublkb0") == Exit.OK
         supervisor.recovered(before)
         assert read.outcome() == 0
     reader.wait_progress()
     reader.interrupt()
     reader.report()
-    assert ublkwatch(supervisor, "retry", "0") == cli.EXIT_REFUSED
+    assert ublkwatch(supervisor, "retry", "0") == Exit.REFUSED
     assert "release, asked by uid 0 (root), pid " in supervisor.said()
 
 
@@ -86,9 +87,9 @@ def test_a_device_that_was_given_up_comes_back_when_the_cause_is_mended_and_it_i
         assert failed["reason"] == "DIED_BEFORE_READY"
         read = disk.read()
         wait_until(read.waits, DEADLINE_S, "the read waits")
-        assert ublkwatch(supervisor, "explain", "0") == cli.EXIT_OK
+        assert ublkwatch(supervisor, "explain", "0") == Exit.OK
         assert "nothing by itself: it waits for `ublkwatch retry 0`" in capsys.readouterr().out
-        assert ublkwatch(supervisor, "retry", "0") == cli.EXIT_OK
+        assert ublkwatch(supervisor, "retry", "0") == Exit.OK
         supervisor.recovered(before)
         assert read.outcome() == 0
 
@@ -125,11 +126,11 @@ def test_io_that_waits_ends_in_errors_where_the_operator_chose_so(
     wait_until(lambda: not Path("/dev/ublkb0").exists(), DEADLINE_S, "the disk is gone")
     assert control.info(0).state == DevState.DEAD
     assert tagged() == set()
-    assert ublkwatch(supervisor, "explain", "0") == cli.EXIT_OK
+    assert ublkwatch(supervisor, "explain", "0") == Exit.OK
     told = capsys.readouterr().out
     assert "all of it has ended in errors; the disk is removed" in told
     assert f"docs/recovery.md, {reason}" in told
-    assert ublkwatch(supervisor, "retry", "0") == cli.EXIT_REFUSED
+    assert ublkwatch(supervisor, "retry", "0") == Exit.REFUSED
     assert "it was stopped; create it again by its own program" in capsys.readouterr().err
     control.remove(0)
     supervisor.until_gone()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from supervisor import UBLKWATCH
 
-from ublkwatch import cli
+from ublkwatch.verbs import Exit
 
 IO_URING = Path("/proc/sys/kernel/io_uring_disabled")
 NO_ADMIN = ("setpriv", "--bounding-set", "-sys_admin", "--inh-caps", "-sys_admin")
@@ -55,14 +55,14 @@ def no_driver() -> Iterator[None]:
 def test_a_bad_configuration(config: Path) -> None:
     config.write_text(config.read_text() + "pol_interval_s = 1\n")
     code, line = run(config)
-    assert code == cli.EXIT_CONFIG
+    assert code == Exit.CONFIG
     assert f"{config}: pol_interval_s: unknown key; did you mean 'poll_interval_s'?" in line
 
 
 def test_a_state_directory_that_cannot_be_written(config: Path, tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file in its place")
     code, line = run(config)
-    assert code == cli.EXIT_STATE
+    assert code == Exit.STATE
     assert f"{tmp_path}/state" in line
     assert "state_dir" in line
 
@@ -70,13 +70,13 @@ def test_a_state_directory_that_cannot_be_written(config: Path, tmp_path: Path) 
 @pytest.mark.usefixtures("no_driver")
 def test_no_ublk_control(config: Path) -> None:
     code, line = run(config)
-    assert code == cli.EXIT_UNAVAILABLE
+    assert code == Exit.UNAVAILABLE
     assert "/dev/ublk-control: No such file or directory; try: modprobe ublk_drv" in line
 
 
 def test_no_cap_sys_admin(config: Path) -> None:
     code, line = run(config, *NO_ADMIN)
-    assert code == cli.EXIT_NO_PERMISSION
+    assert code == Exit.NO_PERMISSION
     assert "CAP_SYS_ADMIN" in line
     assert "run as root" in line
 
@@ -84,7 +84,7 @@ def test_no_cap_sys_admin(config: Path) -> None:
 @pytest.mark.usefixtures("io_uring_disabled")
 def test_io_uring_disabled(config: Path) -> None:
     code, line = run(config)
-    assert code == cli.EXIT_UNAVAILABLE
+    assert code == Exit.UNAVAILABLE
     assert "sysctl kernel.io_uring_disabled=0" in line
 
 
@@ -94,12 +94,12 @@ def test_a_second_ublkwatch(config: Path) -> None:
         assert first.stderr
         first.stderr.readline()  # it watches, so it has the lock
         code, line = run(config)
-        assert code == cli.EXIT_STATE
+        assert code == Exit.STATE
         assert "another ublkwatch runs here" in line
         text = config.read_text().replace("/run", "/other run").replace("/state", "/other state")
         config.write_text(text)
         code, line = run(config)
-        assert code == cli.EXIT_STATE
+        assert code == Exit.STATE
         assert "another ublkwatch runs on this host" in line
     finally:
         first.kill()
@@ -114,5 +114,5 @@ def test_status_without_a_daemon_says_so(config: Path) -> None:
         timeout=60,
         check=False,
     )
-    assert done.returncode == cli.EXIT_NOT_RUNNING
+    assert done.returncode == Exit.NOT_RUNNING
     assert "ublkwatch is not running" in done.stderr

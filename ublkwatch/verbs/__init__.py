@@ -1,0 +1,78 @@
+"""What the verbs of the command line share: exit codes, and how people write devices and times."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import sys
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from ublkwatch.config import Config
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class Exit(IntEnum):
+    """How ublkwatch ends; the README has the same table."""
+
+    OK = 0
+    FAILED = 1  # something went wrong that is none of the below
+    USAGE = 2  # the command line
+    NOT_RUNNING = 3  # ublkwatch is not running
+    REFUSED = 4  # an order was refused, or there is no such device
+    UNHEALTHY = 5  # status: a device is neither watched nor observed
+    UNAVAILABLE = 69  # no /dev/ublk-control, or io_uring is disabled (EX_UNAVAILABLE)
+    STATE = 73  # a directory cannot be written, or is in use (EX_CANTCREAT)
+    NO_PERMISSION = 77  # no CAP_SYS_ADMIN, or not root (EX_NOPERM)
+    CONFIG = 78  # the configuration (EX_CONFIG)
+
+
+def say(code: Exit, message: str) -> Exit:
+    """Say in one line on standard error why this ends with ``code``."""
+    print(f"ublkwatch: {message}", file=sys.stderr)
+    return code
+
+
+def dev_id_of(text: str) -> int:
+    """Understand a device, as an argument."""
+    match = re.fullmatch(r"(?:(?:/dev/)?ublk[bc])?([0-9]{1,7})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; write N, ublkbN or /dev/ublkbN")
+    return int(match[1])
+
+
+def seconds(text: str, at_most: float = 30 * 86400) -> float:
+    """Understand a time, as an argument."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])", text)
+    value = float(match[1]) * _UNITS_S[match[2]] if match else 0
+    if not 0 < value <= at_most:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 90s, 30m, 2h or up to 30d")
+    return value
+
+
+def document_of(settings: Config) -> dict[str, Any]:
+    """Return the status document of the daemon that runs, or ran last; OSError, ValueError."""
+    document: dict[str, Any] = json.loads((settings.runtime_dir / "status.json").read_text())
+    return document
+
+
+def locked(path: Path) -> bool:
+    """Tell whether a daemon holds the lock; one that we may not open is held by somebody else."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False

@@ -1,0 +1,71 @@
+"""`ublkwatch run`: the daemon, in the foreground."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ublkwatch import config
+from ublkwatch.config import Config
+from ublkwatch.verbs import Exit, say
+
+if TYPE_CHECKING:  # imported late, see _run()
+    from ublkwatch.store import Store
+
+_CAP_SYS_ADMIN = 21
+
+
+def add(verbs: Any, shared: argparse.ArgumentParser) -> None:
+    """Add this verb to the command line."""
+    run = verbs.add_parser("run", parents=[shared], help="watch and recover, until SIGTERM")
+    run.add_argument("--verbose", action="store_true", help="log more")
+    run.set_defaults(verb=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    # Late, like the edges that it composes: `ublkwatch status` must not pay for any of these.
+    from ublkwatch.daemon import UnavailableError  # noqa: PLC0415
+    from ublkwatch.store import Store, StoreError, lock_host  # noqa: PLC0415
+
+    settings = config.load(arguments.config)
+    if not _may_administer():
+        return say(Exit.NO_PERMISSION, "no CAP_SYS_ADMIN, which ublk's commands need; run as root")
+    try:
+        store = Store(settings.runtime_dir, settings.state_dir)
+    except StoreError as error:
+        return say(Exit.STATE, str(error))
+    try:
+        lock_host()  # until we end
+        asyncio.run(_daemon(settings, store, arguments))
+    except StoreError as error:
+        return say(Exit.STATE, str(error))
+    except UnavailableError as error:
+        return say(Exit.NO_PERMISSION if error.permission else Exit.UNAVAILABLE, str(error))
+    finally:
+        store.close()
+    return Exit.OK
+
+
+def _may_administer() -> bool:
+    """Root in a container may lack the capability: it is what the kernel asks for, not the uid."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
+    return False
+
+
+async def _daemon(settings: Config, store: Store, arguments: argparse.Namespace) -> None:
+    from ublkwatch.daemon import Daemon  # noqa: PLC0415 - see _run()
+
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    # A file that was there, and is gone when it is read anew, does not mean: all is default.
+    path = arguments.config or (config.DEFAULT_PATH if config.DEFAULT_PATH.exists() else None)
+    daemon = Daemon(settings, store, partial(config.load, path))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+    await daemon.run(stop, verbose=arguments.verbose)
