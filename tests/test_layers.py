@@ -46,6 +46,7 @@ LAYERS: dict[str, set[str]] = {
     "async_ring": {"uapi", "uring"},
     "ctrl": {"async_ring", "model", "uapi", "uring"},
     "ctrl_worker": {"async_ring", "ctrl"},
+    "placement": set(),
     "together": set(),
     "discover": {"model"},
     "threads": {"symptoms"},
@@ -83,15 +84,17 @@ LAYERS: dict[str, set[str]] = {
     "library": {"care", "config", "model", "profiles", "rules", "settings", "tables", "trust"},
     "desk": {"admin", "events", "library", "model", "monitor", "settings", "uapi"},
     "registering": {"admin", "config", "library", "settings", "store", "tables", "trust"},
+    "siting": {"care", "config", "placement"},
     "daemon": {
         *("admin", "async_ring", "care", "config", "ctrl", "ctrl_worker", "desk", "discover"),
         *("events", "kept", "lanes", "launch", "library", "log", "metrics", "model", "monitor"),
-        *("perform", "rules", "server", "settings", "status", "store", "threads", "trust", "uapi"),
+        *("perform", "rules", "server", "settings", "siting", "status", "store", "threads"),
+        *("trust", "uapi"),
     },
     # The command line: a verb knows no other
     "verbs": {"config"},
     "verbs.ask": {"admin", "config", "model", "registering", "settings", "store", "verbs"},
-    "verbs.run": {"config", "daemon", "store", "verbs"},
+    "verbs.run": {"config", "daemon", "siting", "store", "verbs"},
     "verbs.show": {"config", "explain", "foretell", "model", "status", "store", "verbs"},
     "cli": {"", "config", "settings", "verbs", "verbs.ask", "verbs.run", "verbs.show"},
 }

@@ -33,6 +33,7 @@ from ublkwatch.monitor import Monitor
 from ublkwatch.perform import Edges, Threads
 from ublkwatch.rules import Unmanaged
 from ublkwatch.settings import ConfigError
+from ublkwatch.siting import Siting
 from ublkwatch.store import Store
 from ublkwatch.trust import check_executable
 from ublkwatch.uapi import DevFlags
@@ -75,6 +76,7 @@ class Daemon:
         self._dirty = asyncio.Event()
         self._history: asyncio.Queue[dict[str, Any]] = asyncio.Queue(_HISTORY_PENDING_MAX)
         self._dropped = 0
+        self._siting = Siting()
 
     async def run(self, stop: asyncio.Event, *, verbose: bool) -> None:
         """Watch until ``stop``; UnavailableError where that is impossible here."""
@@ -179,7 +181,13 @@ class Daemon:
 
     async def _find_care(self, info: DevInfo, origin: Origin | None) -> Care | Unmanaged:
         # In a thread: profiles look at files, whose file system may be slow.
-        return await asyncio.to_thread(self._library.find, info, origin)
+        return await asyncio.to_thread(self._care_of, info, origin)
+
+    def _care_of(self, info: DevInfo, origin: Origin | None) -> Care | Unmanaged:
+        care = self._library.find(info, origin)
+        if isinstance(care, Care):
+            self._siting.warn(info.dev_id, care)
+        return care
 
     # --- news from the edges ---------------------------------------------------------------------
 
