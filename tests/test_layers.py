@@ -45,7 +45,10 @@ LAYERS: dict[str, set[str]] = {
     "uring": {"uapi"},
     "async_ring": {"uapi", "uring"},
     "ctrl": {"async_ring", "model", "uapi", "uring"},
-    "ctrl_worker": {"async_ring", "ctrl"},
+    "ctrl_worker": {"armour", "async_ring", "ctrl"},
+    "armour": set(),
+    "apart": set(),
+    "outside": {"armour"},
     "placement": set(),
     "together": set(),
     "discover": {"model"},
@@ -53,12 +56,13 @@ LAYERS: dict[str, set[str]] = {
     "server": {"care", "model", "together"},
     "homes": set(),
     "cgroup": set(),
-    "identity": {"care"},
+    "identity": {"care", "trust"},
     "bus": set(),
-    "fork": {"care", "cgroup", "identity"},
-    "units": {"bus", "care", "cgroup", "fork", "homes", "identity"},
+    "gate": {"armour"},
+    "fork": {"care", "cgroup", "gate", "identity"},
+    "units": {"bus", "care", "cgroup", "fork", "homes", "identity", "outside"},
     "launch": {
-        *("care", "cgroup", "fork", "homes", "identity", "model", "together", "trust", "units"),
+        *("care", "cgroup", "fork", "homes", "identity", "model", "outside", "together", "units"),
     },
     "store": {"care", "model", "trust"},
     "trust": set(),
@@ -86,10 +90,10 @@ LAYERS: dict[str, set[str]] = {
     "registering": {"admin", "config", "library", "settings", "store", "tables", "trust"},
     "siting": {"care", "config", "placement"},
     "daemon": {
-        *("admin", "async_ring", "care", "config", "ctrl", "ctrl_worker", "desk", "discover"),
-        *("events", "kept", "lanes", "launch", "library", "log", "metrics", "model", "monitor"),
-        *("perform", "rules", "server", "settings", "siting", "status", "store", "threads"),
-        *("trust", "uapi"),
+        *("admin", "apart", "armour", "async_ring", "care", "config", "ctrl", "ctrl_worker"),
+        *("desk", "discover", "events", "identity", "kept", "lanes", "launch", "library", "log"),
+        *("metrics", "model", "monitor", "perform", "rules", "server", "settings", "siting"),
+        *("status", "store", "threads", "trust", "uapi"),
     },
     # The command line: a verb knows no other
     "verbs": {"config"},
@@ -101,10 +105,13 @@ LAYERS: dict[str, set[str]] = {
 
 # What acts on the world has one home each.
 HOMES = {
-    "ctypes": {"uring"},
-    "mmap": {"uring"},
-    # Servers by fork; journalctl, asked by units; workers, and operators' commands.
-    "subprocess": {"fork", "launch", "units"},
+    # The ring's buffers; and mlock and prctl, which no module of Python's has.
+    "ctypes": {"armour", "uring"},
+    # The ring; and the shell's files, kept in memory where the gate is a shell.
+    "mmap": {"gate", "uring"},
+    # Servers by fork, behind their gate; workers; operators' commands and the system's tools.
+    "subprocess": {"fork", "gate", "launch", "outside"},
+    "threading": {"apart", "armour"},
     "jeepney": {"bus", "units"},
     "psutil": {"server"},
     "pyroute2": {"discover"},

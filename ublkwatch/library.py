@@ -25,7 +25,7 @@ _log = logging.getLogger("ublkwatch")
 # What takes effect when ublkwatch is started the next time.
 _FIXED = (
     *("runtime_dir", "state_dir", "poll_interval_s", "launcher", "starts_at_once", "metrics"),
-    "placement",
+    *("lock_memory", "placement"),
 )
 
 

@@ -53,6 +53,7 @@ TOP = {
     "profiles": Key(bool, True, "take care of known servers that nothing else names"),
     "ignore": Key(list, [], "systemd units whose servers somebody else restarts; * for any part"),
     "starts_at_once": Key(int, 0, "servers started at once; 0: 4 for each CPU", 0, 64),
+    "lock_memory": Key(bool, True, "keep all of ublkwatch in memory, whatever hangs"),
     "placement": Key(
         str,
         "refuse",
