@@ -37,6 +37,8 @@ TOOLS: Final[Mapping[str, str]] = {
     "kill": "procps",
     "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
+    "dmsetup": "dmsetup",
+    "strace": "strace",
     "cc": "gcc",
     "/usr/include/stdio.h": "libc6-dev",
     str(KEYRING): "debian-archive-keyring",

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,7 +14,10 @@ from pathlib import Path
 import pytest
 from patience import PATIENCE_S, until
 
+from ublkwatch import trust
+from ublkwatch.apart import Apart
 from ublkwatch.care import Job
+from ublkwatch.identity import Judge
 from ublkwatch.launch import Launcher
 from ublkwatch.model import TAG_VARIABLE
 
@@ -42,11 +46,11 @@ class Home:
         self.pids.append(pid)
         return pid
 
-    def restart(self) -> None:
+    def restart(self, judge: Judge | None = None) -> None:
         """Do as a ublkwatch that ends and begins again."""
         self.launcher.close()
         self.ready = []
-        self.launcher = Launcher(self.runtime_dir, self.ready.append)
+        self.launcher = Launcher(self.runtime_dir, self.ready.append, judge=judge)
 
     def printed(self, tag: str = TAG) -> str:
         path = self.runtime_dir / "attempts" / tag / "output"
@@ -243,6 +247,69 @@ def test_the_operators_command_decides_within_its_time(
     async def work(home: Home) -> None:
         about = {"UBLKWATCH_DEVICE": "ublkb7"}
         assert await home.launcher.decide(("/bin/sh", "-c", script), about, 0.5) == expected
+
+    at_home(tmp_path, work)
+
+
+class Hanging(Judge):
+    """One who looks at a file system that hangs, until it is let go."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        super().__init__(self._check)
+
+    def _check(self, path: Path) -> None:
+        if path.name == "hung":
+            self.go.wait(PATIENCE_S)
+        trust.check_executable(path)
+
+
+def test_file_systems_that_hang_keep_no_other_server_from_being_started(tmp_path: Path) -> None:
+    judge = Hanging()
+
+    async def work(home: Home) -> None:
+        asyncio.get_running_loop().set_default_executor(Apart())
+        home.restart(judge)
+        job = Job("test", ("/mnt/hung",))
+        launcher, stuck = home.launcher, list[asyncio.Task[object]]()
+        for number in range(50):
+            stuck.append(asyncio.create_task(launcher.start(f"{TAG}-{number}", job)))
+            stuck.append(asyncio.create_task(launcher.decide(("/mnt/hung",), {}, PATIENCE_S)))
+        await home.start(ECHO)
+        await until(lambda: home.ready == [TAG], "another server is up")
+        assert not any(task.done() for task in stuck)
+        for task in stuck:
+            task.cancel()
+
+    try:
+        at_home(tmp_path, work)
+    finally:
+        judge.go.set()
+
+
+def test_an_operators_command_that_never_runs_is_given_up(tmp_path: Path) -> None:
+    judge = Hanging()
+
+    async def work(home: Home) -> None:
+        asyncio.get_running_loop().set_default_executor(Apart())
+        home.restart(judge)
+        assert await home.launcher.decide(("/hung",), {}, 0.1) == ("killed after 0.1 s", None)
+
+    try:
+        at_home(tmp_path, work)
+    finally:
+        judge.go.set()
+
+
+def test_an_operators_command_that_exec_refuses_says_why(tmp_path: Path) -> None:
+    command = tmp_path / "command"
+    command.write_bytes(b"\x7fELF, and nothing else")
+    command.chmod(0o755)
+
+    async def work(home: Home) -> None:
+        how, code = await home.launcher.decide((str(command),), {}, PATIENCE_S)
+        assert code is None
+        assert "Exec format error" in how
 
     at_home(tmp_path, work)
 

@@ -19,7 +19,7 @@ from test_launch import ECHO, SAY, SLEEP, TAG, Home, at_home, environment
 
 from ublkwatch import cgroup
 from ublkwatch.care import Job, Origin, Run
-from ublkwatch.identity import UserError, resolve
+from ublkwatch.identity import Identity, Judge, UserError, looked_up, resolve
 from ublkwatch.launch import Launcher
 from ublkwatch.trust import TrustError
 
@@ -63,6 +63,10 @@ def status(pid: int, key: str) -> list[str]:
         if line.startswith(f"{key}:"):
             return line.split()[1:]
     raise AssertionError(key)
+
+
+def score(pid: int) -> str:
+    return Path(f"/proc/{pid}/oom_score_adj").read_text().strip()
 
 
 # --- users ---------------------------------------------------------------------------------------
@@ -166,6 +170,27 @@ def test_a_user_that_does_not_exist_is_named(user: str) -> None:
         resolve(Job("test", ("/bin/true",), Run(user=user)))
 
 
+def test_a_user_who_was_met_is_known_when_nobody_answers(place: Path) -> None:
+    services = [looked_up]
+
+    def look_up(user: str) -> Identity:
+        return services[0](user)  # IndexError: nobody answers
+
+    async def work(home: Home) -> None:
+        judge = Judge(look_up=look_up)
+        home.restart(judge)
+        judge.meet("nobody")
+        judge.meet("")
+        with pytest.raises(UserError, match="no-such-user"):
+            judge.meet("no-such-user")
+        services.clear()
+        pid = await run_as(home, SLEEP, Run(user="nobody"))
+        await until(lambda: home.printed() == "up\n", "it runs")
+        assert status(pid, "Uid") == [str(NOBODY)] * 4
+
+    at_home(place, work)
+
+
 # --- limits and priorities -----------------------------------------------------------------------
 
 
@@ -190,6 +215,19 @@ print(resource.getrlimit(resource.RLIMIT_NOFILE), resource.getrlimit(resource.RL
         home.pids.append(pid)
         await home.exited(pid)
         assert home.printed() == "(100, 200)|(0, 0)|321|True|/usr|blue and green\n"
+
+    at_home(tmp_path, work)
+
+
+def test_a_server_whose_score_is_not_given_has_what_we_had(tmp_path: Path) -> None:
+    async def work(home: Home) -> None:
+        home.launcher.close()
+        home.launcher = Launcher(tmp_path, home.ready.append, usual_oom_score_adj=123)
+        for adjusted, expected in ((None, "123"), (321, "321")):
+            job = Job("test", (sys.executable, "-c", SLEEP), Run(oom_score_adj=adjusted))
+            pid = await home.launcher.start(f"{TAG}-{expected}", job)
+            home.pids.append(pid)
+            assert score(pid) == expected
 
     at_home(tmp_path, work)
 

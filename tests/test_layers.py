@@ -45,19 +45,24 @@ LAYERS: dict[str, set[str]] = {
     "uring": {"uapi"},
     "async_ring": {"uapi", "uring"},
     "ctrl": {"async_ring", "model", "uapi", "uring"},
-    "ctrl_worker": {"async_ring", "ctrl"},
+    "ctrl_worker": {"armour", "async_ring", "ctrl"},
+    "armour": set(),
+    "apart": set(),
+    "outside": {"armour"},
+    "placement": set(),
     "together": set(),
     "discover": {"model"},
     "threads": {"symptoms"},
     "server": {"care", "model", "together"},
     "homes": set(),
     "cgroup": set(),
-    "identity": {"care"},
+    "identity": {"care", "trust"},
     "bus": set(),
-    "fork": {"care", "cgroup", "identity"},
-    "units": {"bus", "care", "cgroup", "fork", "homes", "identity"},
+    "gate": {"armour"},
+    "fork": {"care", "cgroup", "gate", "identity"},
+    "units": {"bus", "care", "cgroup", "fork", "homes", "identity", "outside"},
     "launch": {
-        *("care", "cgroup", "fork", "homes", "identity", "model", "together", "trust", "units"),
+        *("care", "cgroup", "fork", "homes", "identity", "model", "outside", "together", "units"),
     },
     "store": {"care", "model", "trust"},
     "trust": set(),
@@ -83,25 +88,30 @@ LAYERS: dict[str, set[str]] = {
     "library": {"care", "config", "model", "profiles", "rules", "settings", "tables", "trust"},
     "desk": {"admin", "events", "library", "model", "monitor", "settings", "uapi"},
     "registering": {"admin", "config", "library", "settings", "store", "tables", "trust"},
+    "siting": {"care", "config", "placement"},
     "daemon": {
-        *("admin", "async_ring", "care", "config", "ctrl", "ctrl_worker", "desk", "discover"),
-        *("events", "kept", "lanes", "launch", "library", "log", "metrics", "model", "monitor"),
-        *("perform", "rules", "server", "settings", "status", "store", "threads", "trust", "uapi"),
+        *("admin", "apart", "armour", "async_ring", "care", "config", "ctrl", "ctrl_worker"),
+        *("desk", "discover", "events", "identity", "kept", "lanes", "launch", "library", "log"),
+        *("metrics", "model", "monitor", "perform", "rules", "server", "settings", "siting"),
+        *("status", "store", "threads", "trust", "uapi"),
     },
     # The command line: a verb knows no other
     "verbs": {"config"},
     "verbs.ask": {"admin", "config", "model", "registering", "settings", "store", "verbs"},
-    "verbs.run": {"config", "daemon", "store", "verbs"},
+    "verbs.run": {"config", "daemon", "siting", "store", "verbs"},
     "verbs.show": {"config", "explain", "foretell", "model", "status", "store", "verbs"},
     "cli": {"", "config", "settings", "verbs", "verbs.ask", "verbs.run", "verbs.show"},
 }
 
 # What acts on the world has one home each.
 HOMES = {
-    "ctypes": {"uring"},
-    "mmap": {"uring"},
-    # Servers by fork; journalctl, asked by units; workers, and operators' commands.
-    "subprocess": {"fork", "launch", "units"},
+    # The ring's buffers; and mlock and prctl, which no module of Python's has.
+    "ctypes": {"armour", "uring"},
+    # The ring; and the shell's files, kept in memory where the gate is a shell.
+    "mmap": {"gate", "uring"},
+    # Servers by fork, behind their gate; workers; operators' commands and the system's tools.
+    "subprocess": {"fork", "gate", "launch", "outside"},
+    "threading": {"apart", "armour"},
     "jeepney": {"bus", "units"},
     "psutil": {"server"},
     "pyroute2": {"discover"},

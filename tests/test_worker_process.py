@@ -51,6 +51,20 @@ def test_a_worker_answers_every_command_and_ends_when_its_line_is_closed() -> No
     asyncio.run(main())
 
 
+def test_a_worker_that_is_not_to_lock_its_memory_does_not() -> None:
+    async def main() -> None:
+        before = worker_pids()
+        workers = Workers(start_worker)
+        await workers.prepare()
+        (pid,) = worker_pids() - before
+        status = await asyncio.to_thread(Path(f"/proc/{pid}/status").read_text)
+        assert "VmLck:\t       0 kB" in status
+        workers.close()
+        await asyncio.to_thread(os.waitpid, pid, 0)
+
+    asyncio.run(main())
+
+
 def test_a_worker_that_was_killed_fails_its_command_and_the_next_call_has_another() -> None:
     async def main() -> None:
         before = worker_pids()

@@ -36,6 +36,8 @@ class Config:
     profiles: bool
     ignore: tuple[str, ...]
     starts_at_once: int
+    lock_memory: bool = True
+    placement: str = "refuse"
     metrics: Mapping[str, Any] = field(default_factory=dict)
     policy: Policy = _DEFAULT  # of a device that has no care; the generation is the kernel's to say
     rules: tuple[Rule, ...] = ()
@@ -77,6 +79,8 @@ def parse(content: bytes, name: str) -> Config:
         profiles=values["profiles"],
         ignore=_words(values["ignore"], name, "ignore"),
         starts_at_once=values["starts_at_once"],
+        lock_memory=values["lock_memory"],
+        placement=values["placement"],
         metrics=check(document.get("metrics", {}), METRICS, name, "metrics."),
         policy=policy_of(check(shared, RECOVERY, name, "recovery.")),
         rules=_rules(document, shared, name),

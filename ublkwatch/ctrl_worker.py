@@ -19,9 +19,11 @@ import json
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable
 from typing import Any
 
+from ublkwatch.armour import Armour
 from ublkwatch.async_ring import AsyncRing
 from ublkwatch.ctrl import CtrlError, UblkCtrl, patiently
 
@@ -40,7 +42,7 @@ class Workers:
     """The daemon's side: hands commands to the current worker, retires it when it is stuck."""
 
     def __init__(self, start: Callable[[], socket.socket]) -> None:
-        """``start`` starts a worker process and returns our end of its line."""
+        """``start`` starts a worker process and returns our end of its line; it may take time."""
         self._start = start
         self._current: _Line | None = None
         self._retired: list[_Line] = []  # those that still have something to finish
@@ -55,7 +57,7 @@ class Workers:
         """
         async with self._starting:
             if self._current is None or self._current.closed:
-                line = await _Line.open(self._start())
+                line = await _Line.open(await asyncio.to_thread(self._start))
                 try:
                     async with asyncio.timeout(_START_S):
                         await line.hello.wait()
@@ -267,12 +269,14 @@ class _Worker:
         await result
 
 
-async def _serve(line: socket.socket) -> None:
+async def _serve(line: socket.socket, *, lock_memory: bool) -> None:
     line.setblocking(False)
     reader, writer = await asyncio.open_unix_connection(sock=line)
     ring = AsyncRing(_IN_FLIGHT_MAX)
     ring.limit_workers(_IN_FLIGHT_MAX)
     worker = _Worker(ring, writer)
+    if lock_memory:
+        Armour().lock()  # where it cannot be, the daemon has said so; the rest is inherited
     writer.write(json.dumps({"id": _HELLO}).encode() + b"\n")
     with contextlib.suppress(ConnectionError):
         while request := await reader.readline():
@@ -287,7 +291,7 @@ def main() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)
     os.close(nothing)
-    asyncio.run(_serve(line))
+    asyncio.run(_serve(line, lock_memory="lock-memory" in sys.argv))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from functools import partial
 from typing import Any
 
 from ublkwatch import admin, discover, log, server, status, threads
+from ublkwatch.apart import Apart
+from ublkwatch.armour import Armour
 from ublkwatch.async_ring import AsyncRing
 from ublkwatch.care import Care, Origin
 from ublkwatch.config import Config
@@ -23,6 +25,7 @@ from ublkwatch.ctrl import CtrlError, UblkCtrl
 from ublkwatch.ctrl_worker import Workers
 from ublkwatch.desk import Desk
 from ublkwatch.events import Transition
+from ublkwatch.identity import Judge, UserError
 from ublkwatch.kept import Kept
 from ublkwatch.lanes import Lanes
 from ublkwatch.launch import Launcher, start_worker
@@ -33,6 +36,7 @@ from ublkwatch.monitor import Monitor
 from ublkwatch.perform import Edges, Threads
 from ublkwatch.rules import Unmanaged
 from ublkwatch.settings import ConfigError
+from ublkwatch.siting import Siting
 from ublkwatch.store import Store
 from ublkwatch.trust import check_executable
 from ublkwatch.uapi import DevFlags
@@ -43,6 +47,7 @@ _RING_ENTRIES = 256
 _STATUS_INTERVAL_S = 0.2
 _HISTORY_PENDING_MAX = 1000
 _UEVENTS_RETRY_S = 10.0
+_DRAIN_S = 10.0
 
 
 class UnavailableError(Exception):
@@ -75,9 +80,14 @@ class Daemon:
         self._dirty = asyncio.Event()
         self._history: asyncio.Queue[dict[str, Any]] = asyncio.Queue(_HISTORY_PENDING_MAX)
         self._dropped = 0
+        self._armour = Armour()
+        self._judge = Judge()
+        self._siting = Siting()
 
     async def run(self, stop: asyncio.Event, *, verbose: bool) -> None:
         """Watch until ``stop``; UnavailableError where that is impossible here."""
+        self._armour.put_on()  # first: every thread and every child has it by birth
+        asyncio.get_running_loop().set_default_executor(Apart())
         ring = _open_ring()
         try:
             ctrl = UblkCtrl(ring)
@@ -92,9 +102,15 @@ class Daemon:
 
     async def _watch(self, ctrl: UblkCtrl, features: DevFlags | None, stop: asyncio.Event) -> None:
         boot_id = server.read_boot_id()
-        workers = Workers(start_worker)
+        workers = Workers(partial(start_worker, lock_memory=self._settings.lock_memory))
         servers = server.Servers(boot_id, self._server_exited, self._look)
-        launcher = Launcher(self._settings.runtime_dir, self._ready, kind=self._settings.launcher)
+        launcher = Launcher(
+            self._settings.runtime_dir,
+            self._ready,
+            kind=self._settings.launcher,
+            judge=self._judge,
+            usual_oom_score_adj=self._armour.usual_oom_score_adj,
+        )
         self._generation = Generation.of(features)
         settings = self._settings
         self._library = Library(
@@ -133,6 +149,7 @@ class Daemon:
         try:
             await _prepare(workers)
             await launcher.prepare()
+            await self._lock_memory()
             port = await self._serve_metrics(page)
             await self._serve_orders(door)
             rules = self._generation.name
@@ -161,7 +178,11 @@ class Daemon:
         await asyncio.gather(*tasks, stopping, return_exceptions=True)
         for task in done - {stopping}:
             task.result()  # none of them ends but by a bug: let it be seen
-        await asyncio.to_thread(self._drain_history)
+        try:
+            async with asyncio.timeout(_DRAIN_S):
+                await asyncio.to_thread(self._drain_history)
+        except TimeoutError:
+            _log.warning("the end of the history is not written: does its file system hang?")
         _log.info("stopped; the servers live on")
 
     def reload(self) -> str:
@@ -178,8 +199,21 @@ class Daemon:
         return ""
 
     async def _find_care(self, info: DevInfo, origin: Origin | None) -> Care | Unmanaged:
-        # In a thread: profiles look at files, whose file system may be slow.
-        return await asyncio.to_thread(self._library.find, info, origin)
+        # In a thread: profiles and rules look at files, whose file system may hang.
+        return await asyncio.to_thread(self._care_of, info, origin)
+
+    def _care_of(self, info: DevInfo, origin: Origin | None) -> Care | Unmanaged:
+        """Find a device's care; look now at what may not answer when its server is lost."""
+        care = self._library.find(info, origin)
+        if isinstance(care, Care):
+            try:
+                self._judge.meet(care.run.user)
+            except UserError as error:
+                _log.warning(
+                    "ublk %d: its server cannot be started just now: %s", info.dev_id, error
+                )
+            self._siting.warn(info.dev_id, care)
+        return care
 
     # --- news from the edges ---------------------------------------------------------------------
 
@@ -258,6 +292,17 @@ class Daemon:
             except (OSError, ImportError) as error:
                 _log.warning("no uevents (%s); new devices are found by polling", error)
             await asyncio.sleep(_UEVENTS_RETRY_S)
+
+    async def _lock_memory(self) -> None:
+        """Lock our memory, once the last that is imported is there."""
+        with contextlib.suppress(ImportError):
+            await asyncio.to_thread(discover.load_uevents)
+        if self._settings.lock_memory:
+            kept = await asyncio.to_thread(self._armour.lock)
+            if kept:
+                _log.info("memory locked, and %.0f MiB of files kept in it", kept / (1 << 20))
+        for missing in self._armour.missing:
+            _log.warning("%s", missing)
 
     async def _serve_metrics(self, page: Page) -> int | None:
         if not self._settings.metrics["enabled"]:

@@ -1,7 +1,7 @@
 """Which ublk devices there are: sysfs for the truth, uevents for news of it.
 
-The only home of pyroute2, which is imported late: it costs 120 ms and 33 MiB. Uevents are hints:
-a device's appearing and vanishing is announced, a crash is not (research: no uevent at all on a
+The only home of pyroute2, 120 ms and 33 MiB, which only a daemon needs. Uevents are hints: a
+device's appearing and vanishing is announced, a crash is not (research: no uevent at all on a
 change of state), and a gap in their sequence numbers leads to a new look at everything.
 """
 
@@ -62,7 +62,8 @@ def traffic(dev_id: int, sysfs: Path = _SYSFS) -> Traffic | None:
     return Traffic(inflight, completed, parked=max(0, inflight - driven))
 
 
-def _load_pyroute2() -> Any:
+def load_uevents() -> Any:
+    """Import what follow_uevents() needs: beforehand, and in a thread; ImportError."""
     from pyroute2.netlink.uevent import AsyncUeventSocket  # noqa: PLC0415 - see above
 
     return AsyncUeventSocket
@@ -71,7 +72,7 @@ def _load_pyroute2() -> Any:
 async def follow_uevents(look: Callable[[], None]) -> None:
     """Call ``look`` when a ublk device came or went, and when uevents were lost. Endless."""
     last = None
-    socket_type = await asyncio.to_thread(_load_pyroute2)  # the loop has more to do than to wait
+    socket_type = await asyncio.to_thread(load_uevents)
     async with socket_type() as socket:
         await socket.bind(groups=_KERNEL_GROUP)
         look()  # what came before is lost, as in a gap

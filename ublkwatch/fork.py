@@ -1,6 +1,6 @@
 """Start a server by fork: our child, in a session and, where possible, a cgroup of its own.
 
-The child waits at a gate, a shell that does nothing else, until its group, limits and priorities
+The child waits at a gate, a program that does nothing else, until its group, limits and priorities
 are in place: so nothing that the server does can come before them, a fork least of all. Should we
 die at that moment, the gate never opens, and the child ends.
 """
@@ -17,24 +17,24 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from ublkwatch import cgroup
+from ublkwatch import cgroup, gate
 from ublkwatch.care import Job, Run
 from ublkwatch.identity import Identity
 
 _log = logging.getLogger("ublkwatch")
 
-# Standard output is the gate, and standard error the server's output. A server is an ELF program or
-# a script that names its interpreter (trust.check_executable), so no shell ever interprets it.
-_SCRIPT = 'read -r go <&1 && unset go PWD OLDPWD SHLVL && exec "$@" >&2'
-_GATE = ("/bin/sh", "-c", _SCRIPT, "ublkwatch")
-
 
 class ForkStarter:
     """Servers as our children, which outlive us."""
 
-    def __init__(self, groups: Path | None) -> None:
-        """Give each attempt a control group of its own below ``groups``; None: do without."""
+    def __init__(self, groups: Path | None, usual_oom_score_adj: int | None = None) -> None:
+        """Give each attempt a control group of its own below ``groups``; None: do without.
+
+        ``usual_oom_score_adj`` is for servers whose own is not given; None: they have ours.
+        """
         self._groups = groups
+        self._usual_oom_score_adj = usual_oom_score_adj
+        self._gate = gate.make()  # beforehand: what it reads may hang later
         self._unprotected = False
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
@@ -59,6 +59,7 @@ class ForkStarter:
         return how(status)
 
     def close(self) -> None:
+        self._gate.close()
         for process in self._children.values():
             process.returncode = 0  # not ours to wait for any more; init inherits it
 
@@ -72,21 +73,20 @@ class ForkStarter:
         output = os.open(
             home / "output", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
         )
-        gate, opener = os.pipe2(os.O_CLOEXEC)
+        closed, opener = os.pipe2(os.O_CLOEXEC)
         try:
             try:
-                process: subprocess.Popen[bytes] = subprocess.Popen(
-                    [*_GATE, *job.command],
+                process = self._gate.started(
+                    job.command,
                     stdin=stdin,
-                    stdout=gate,
+                    stdout=closed,
                     stderr=output,
                     env=environment,
                     cwd=job.run.cwd,
-                    start_new_session=True,
                     **_as(identity),
                 )
             finally:
-                for descriptor in (gate, stdin, output):
+                for descriptor in (closed, stdin, output):
                     os.close(descriptor)
             try:
                 self._prepare(process.pid, tag, home, job.run)
@@ -106,8 +106,9 @@ class ForkStarter:
                 resource.prlimit(pid, getattr(resource, f"RLIMIT_{name.upper()}"), _limit(value))
             except (AttributeError, ValueError, OSError) as error:
                 raise OSError(f"limit {name} = {value!r}: {error}") from error
-        if run.oom_score_adj is not None:
-            self._protect(pid, run.oom_score_adj)
+        wanted = self._usual_oom_score_adj if run.oom_score_adj is None else run.oom_score_adj
+        if wanted is not None:
+            self._protect(pid, wanted)
         if run.cpus:
             try:
                 os.sched_setaffinity(pid, run.cpus)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from ublkwatch import trust
 from ublkwatch.care import Job
 
 
@@ -29,7 +32,7 @@ class Identity:
         return mine == (self.uid, self.gid, frozenset(self.groups) - {self.gid})
 
 
-def resolve(job: Job) -> Identity:
+def resolve(job: Job, look_up: Callable[[str], Identity] | None = None) -> Identity:
     """Return as whom a job runs; may ask name services, so it belongs into a thread.
 
     ``user`` is "name", "uid" or "uid:gid". Without it the lost server's user is kept, and so a
@@ -39,6 +42,11 @@ def resolve(job: Job) -> Identity:
     if not user:
         origin = job.origin
         return Identity(origin.uid, origin.gid, origin.groups)
+    return (look_up or looked_up)(user)
+
+
+def looked_up(user: str) -> Identity:
+    """Return who a user is, as name services say now; UserError. For a thread."""
     name, colon, group = user.partition(":")
     try:
         if colon:
@@ -57,3 +65,32 @@ def _uid(name: str) -> int:
 
 def _gid(name: str) -> int:
     return int(name) if name.isdecimal() else grp.getgrnam(name).gr_gid
+
+
+class Judge:
+    """Says whether a program may be run, and as whom; for threads."""
+
+    def __init__(
+        self,
+        check: Callable[[Path], None] = trust.check_executable,
+        look_up: Callable[[str], Identity] = looked_up,
+    ) -> None:
+        """``check`` raises what is wrong with a program, ``look_up`` asks the name services."""
+        self.check = check
+        self._look_up = look_up
+        self._users: dict[str, Identity] = {}
+
+    def meet(self, user: str) -> None:
+        """Look a user up for later starts: then nobody may answer. UserError."""
+        if user:
+            self._users[user] = self._look_up(user)
+
+    def identity(self, job: Job) -> Identity:
+        """Say as whom a job runs, after its program was found to be nobody else's work; OSError."""
+        if not job.command[0].startswith("/"):
+            raise UserError(f"{job.command[0]!r}: must be an absolute path")
+        self.check(Path(job.command[0]))
+        return resolve(job, self._known)
+
+    def _known(self, user: str) -> Identity:
+        return self._users.get(user) or self._look_up(user)

@@ -18,11 +18,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ublkwatch import cgroup, trust
+from ublkwatch import cgroup, outside
 from ublkwatch.care import Job
 from ublkwatch.fork import ForkStarter, how
 from ublkwatch.homes import Homes
-from ublkwatch.identity import Identity, UserError, resolve
+from ublkwatch.identity import Judge
 from ublkwatch.model import TAG_VARIABLE
 from ublkwatch.together import Together
 from ublkwatch.units import UnitStarter
@@ -47,22 +47,27 @@ class Launcher:
         kind: str = "fork",
         groups: Path | None = None,
         answer_s: float = _SHUTDOWN_ANSWER_S,
+        judge: Judge | None = None,
+        usual_oom_score_adj: int | None = None,
     ) -> None:
         """``ready`` is told, from the loop, the tag of an attempt whose server said READY=1.
 
         ``systemd`` is there where systemd is the host's init (sd_booted(3)). ``kind`` is one of
         LAUNCHERS: "auto" takes systemd where it is the init and answers on the system bus.
         ``groups`` is the control group for those of forked servers; as a rule our own. ``answer_s``
-        is the time that systemctl has to say whether the host shuts down.
+        is the time that systemctl has to say whether the host shuts down. ``judge`` says which
+        programs are run, and as whom.
+        ``usual_oom_score_adj`` is for servers whose own is not given; None: they have ours.
         """
         self._systemd = systemd
         self._shutdown = Together(self._ask_systemd)
         self._kind = kind
         self._answer_s = answer_s
         self._homes = Homes(runtime_dir, ready)
-        self._fork = ForkStarter(groups or cgroup.own())
+        self._fork = ForkStarter(groups or cgroup.own(), usual_oom_score_adj)
         self._units = UnitStarter({tag: self._homes.path(tag) for tag in self._homes.all()})
         self._fallen_back = False
+        self._judge = judge or Judge()
 
     # --- start -----------------------------------------------------------------------------------
 
@@ -79,7 +84,7 @@ class Launcher:
         if job.run.unit:
             return await self._start_named(tag, job)
         # In a thread: the program's file system, or a name service, may be slow or hang.
-        identity = await asyncio.to_thread(_judged, job)
+        identity = await asyncio.to_thread(self._judge.identity, job)
         units = await self._choose()
         home = self._homes.make(tag, identity.uid)
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
@@ -195,45 +200,26 @@ class Launcher:
         """Run the operator's command about a device, and return how it ended, and its exit code."""
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         try:
-            await asyncio.to_thread(trust.check_executable, Path(command[0]))
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env=environment | about,
-                cwd="/",
-                start_new_session=True,
-            )
+            async with asyncio.timeout(timeout_s):
+                await asyncio.to_thread(self._judge.check, Path(command[0]))
+                status, _ = await outside.run(command, environment=environment | about)
+        except TimeoutError:
+            return f"killed after {timeout_s:g} s", None
         except OSError as error:
             return str(error), None
-        try:
-            async with asyncio.timeout(timeout_s):
-                return how(await process.wait())
-        except TimeoutError:
-            await _kill(process)
-            return f"killed after {timeout_s:g} s", None
+        return how(status)
 
     async def shutting_down(self) -> bool:
         """Tell whether the host shuts down, as systemd says; where it does not run, nobody does."""
         return await self._shutdown.ask()
 
     async def _ask_systemd(self) -> bool:
-        try:
-            await asyncio.to_thread(os.stat, self._systemd)
-            process = await asyncio.create_subprocess_exec(
-                "systemctl",
-                "is-system-running",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-        except OSError:
-            return False
+        command = ("systemctl", "is-system-running")
         try:
             async with asyncio.timeout(self._answer_s):
-                output, _ = await process.communicate()
-        except TimeoutError:
-            await _kill(process)
+                await asyncio.to_thread(os.stat, self._systemd)
+                _, output = await outside.run(command, output=True)
+        except OSError:  # TimeoutError, too
             return False
         return output.strip() == b"stopping"
 
@@ -244,26 +230,15 @@ class Launcher:
         self._units.close()
 
 
-async def _kill(process: asyncio.subprocess.Process) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it may have ended at this very moment
-        process.kill()
-    await process.wait()
+def start_worker(*, lock_memory: bool = False) -> socket.socket:
+    """Start a control worker and return our end of its line; it ends when that is closed.
 
-
-def _judged(job: Job) -> Identity:
-    """Say as whom a job runs, after its program was found to be nobody else's work."""
-    if not job.command[0].startswith("/"):
-        raise UserError(f"{job.command[0]!r}: must be an absolute path")
-    trust.check_executable(Path(job.command[0]))
-    return resolve(job)
-
-
-def start_worker() -> socket.socket:
-    """Start a control worker and return our end of its line; it ends when that is closed."""
+    For a thread: Python is read from a file system that may hang.
+    """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-m", "ublkwatch.ctrl_worker"],
+            [sys.executable, "-m", "ublkwatch.ctrl_worker", *(["lock-memory"] * lock_memory)],
             stdin=theirs.fileno(),
             start_new_session=True,
         )

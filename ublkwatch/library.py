@@ -23,7 +23,10 @@ from ublkwatch.trust import TrustError, check_executable, open_trusted
 _log = logging.getLogger("ublkwatch")
 
 # What takes effect when ublkwatch is started the next time.
-_FIXED = ("runtime_dir", "state_dir", "poll_interval_s", "launcher", "starts_at_once", "metrics")
+_FIXED = (
+    *("runtime_dir", "state_dir", "poll_interval_s", "launcher", "starts_at_once", "metrics"),
+    *("lock_memory", "placement"),
+)
 
 
 class Store(Protocol):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import logging.handlers
 import queue
+import traceback
+from typing import Any
 
 from ublkwatch.events import Effect, Transition
 from ublkwatch.model import Phase
@@ -24,7 +26,7 @@ class Log:
         """Take over the root logger until close()."""
         self._queue: queue.Queue[logging.LogRecord] = queue.Queue(_LINES_MAX)
         self._handler = _Dropping(self._queue)
-        self._handler.setFormatter(logging.Formatter("%(message)s"))
+        self._handler.setFormatter(_Formatter("%(message)s"))
         writer = logging.StreamHandler()
         writer.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
         self._listener = logging.handlers.QueueListener(self._queue, writer)
@@ -39,6 +41,18 @@ class Log:
     def close(self) -> None:
         """Write what is left."""
         self._listener.stop()
+
+
+class _Formatter(logging.Formatter):
+    """Traces without the lines of the source, which would have to be read where we log."""
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - logging's name
+        _, error, trace = ei
+        lines = [
+            f"  {frame.f_code.co_filename}, line {number}, in {frame.f_code.co_name}"
+            for frame, number in traceback.walk_tb(trace)
+        ]
+        return "\n".join([*lines, *traceback.format_exception_only(error)]).rstrip()
 
 
 class _Dropping(logging.handlers.QueueHandler):

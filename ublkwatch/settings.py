@@ -53,6 +53,13 @@ TOP = {
     "profiles": Key(bool, True, "take care of known servers that nothing else names"),
     "ignore": Key(list, [], "systemd units whose servers somebody else restarts; * for any part"),
     "starts_at_once": Key(int, 0, "servers started at once; 0: 4 for each CPU", 0, 64),
+    "lock_memory": Key(bool, True, "keep all of ublkwatch in memory, whatever hangs"),
+    "placement": Key(
+        str,
+        "refuse",
+        "what if ublkwatch itself lies on a ublk device",
+        choices=("refuse", "warn"),
+    ),
     "poll_interval_s": Key(float, 1.0, "seconds between two looks at all devices", 0.05, 60),
 }
 METRICS = {

@@ -12,14 +12,13 @@ import logging
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jeepney import DBusAddress, MatchRule, Message
 
-from ublkwatch import cgroup
+from ublkwatch import cgroup, outside
 from ublkwatch.bus import Bus, BusError
 from ublkwatch.care import Job, Run
 from ublkwatch.fork import how
@@ -36,6 +35,7 @@ _EXISTS = f"{_NAME}.UnitExists"
 _START_S = 30.0  # for exec: the program's file system may be slow
 _LEFTOVER_S = 0.5
 _AUTOPSY_S = 2.0
+_JOURNAL_S = 10.0
 _LOOK_S = 0.01
 _JOBS_KEPT = 1000
 _INFINITY = (1 << 64) - 1
@@ -253,17 +253,11 @@ class UnitStarter:
 
 
 async def _journal(match: str) -> bytes:
-    process = await asyncio.create_subprocess_exec(
-        *("journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=5", match),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        return (await process.communicate())[0]
-    finally:
-        if process.returncode is None:
-            process.kill()
+    command = ("journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=5", match)
+    with contextlib.suppress(OSError):  # words are worth no wait, and no failure: TimeoutError, too
+        async with asyncio.timeout(_JOURNAL_S):
+            return (await outside.run(command, output=True))[1]
+    return b""
 
 
 def unit_name(name: str) -> str:

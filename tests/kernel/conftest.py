@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import psutil
 import pytest
 from headers import include_directory
+from stack import Stack
 from supervisor import SERVER, Supervisor
 
 from ublkwatch.async_ring import AsyncRing
@@ -403,6 +404,17 @@ def server(
     fio.reap()  # ... and after, since even a killed one waits for its requests
 
 
+@pytest.fixture
+def stack(tmp_path: Path, server: Servers, control: Control) -> Iterator[Stack]:
+    del server  # its devices go behind what is on them
+    made = Stack(tmp_path)
+    yield made
+    for dev_id in device_ids():  # nothing is unmounted from a dead device; a stopped one fails I/O
+        if control.info(dev_id).state is not DevState.LIVE:
+            control.run(lambda ctrl, n=dev_id: ctrl.stop_dev(n, timeout_s=DEADLINE_S))  # type: ignore[misc]
+    made.down()
+
+
 EXAMPLE = Path(__file__).parents[2] / "examples/attach.c"
 
 
@@ -410,7 +422,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples/attach.c"
 def attach(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the program of the attach contract's example in C."""
     program = tmp_path_factory.mktemp("example") / "attach"
-    options = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-pthread"]
+    # Static: there are tests in which no library can be read any more.
+    options = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-O2", "-pthread", "-static"]
     headers = ["-I", str(include_directory())]
     subprocess.run(["cc", *options, *headers, "-o", program, EXAMPLE], check=True)
     return program

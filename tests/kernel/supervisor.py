@@ -37,6 +37,16 @@ def tagged() -> set[int]:
     return processes(lambda process: TAG_VARIABLE in process.environ())
 
 
+def worker_of(pid: int) -> int:
+    """Return the pid of a daemon's control worker."""
+    (worker,) = (
+        child.pid
+        for child in psutil.Process(pid).children()
+        if "ublkwatch.ctrl_worker" in child.cmdline()
+    )
+    return worker
+
+
 class Supervisor:
     """One configuration; start() and stop() may be repeated."""
 

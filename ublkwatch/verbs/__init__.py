@@ -27,7 +27,7 @@ class Exit(IntEnum):
     REFUSED = 4  # an order was refused, or there is no such device
     UNHEALTHY = 5  # status: a device is neither watched nor observed
     UNAVAILABLE = 69  # no /dev/ublk-control, or io_uring is disabled (EX_UNAVAILABLE)
-    STATE = 73  # a directory cannot be written, or is in use (EX_CANTCREAT)
+    STATE = 73  # a directory cannot be written, is in use, or is on a ublk device (EX_CANTCREAT)
     NO_PERMISSION = 77  # no CAP_SYS_ADMIN, or not root (EX_NOPERM)
     CONFIG = 78  # the configuration (EX_CONFIG)
 

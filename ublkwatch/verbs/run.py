@@ -29,14 +29,16 @@ def add(verbs: Any, shared: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     # Late, like the edges that it composes: `ublkwatch status` must not pay for any of these.
     from ublkwatch.daemon import UnavailableError  # noqa: PLC0415
+    from ublkwatch.siting import PlacementError, check_own  # noqa: PLC0415
     from ublkwatch.store import Store, StoreError, lock_host  # noqa: PLC0415
 
     settings = config.load(arguments.config)
     if not _may_administer():
         return say(Exit.NO_PERMISSION, "no CAP_SYS_ADMIN, which ublk's commands need; run as root")
     try:
+        check_own(settings, arguments.config or config.DEFAULT_PATH)
         store = Store(settings.runtime_dir, settings.state_dir)
-    except StoreError as error:
+    except (PlacementError, StoreError) as error:
         return say(Exit.STATE, str(error))
     try:
         lock_host()  # until we end
