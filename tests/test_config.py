@@ -25,6 +25,7 @@ launcher = "fork"
 profiles = false
 ignore = ["mine@*.service"]
 starts_at_once = 3
+admin_group = "disk"
 
 [metrics]
 enabled = false
@@ -152,7 +153,7 @@ def plain(value: Any) -> Any:
 def test_the_example_has_every_key_and_none_at_its_default() -> None:
     full = config.parse(FULL, NAME)
     policy = {key: plain(value) for key, value in asdict(full.policy).items()}
-    top = ("poll_interval_s", "launcher", "profiles", "ignore", "starts_at_once")
+    top = ("poll_interval_s", "launcher", "profiles", "ignore", "starts_at_once", "admin_group")
     given = {key: plain(getattr(full, key)) for key in top} | dict(full.metrics)
     given |= {key: policy[key] for key in RECOVERY}
     declared = {**TOP, **METRICS, **RECOVERY}

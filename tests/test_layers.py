@@ -37,6 +37,9 @@ LAYERS: dict[str, set[str]] = {
         *("shared", "timers", "uapi", "verdict"),
     },
     "status": {"model", "uapi"},
+    "wire": {"model"},
+    "prospect": {"care", "events", "model"},
+    "drilling": {"model"},
     "foretell": {"ailing", "model", "orders", "pace", "verdict"},
     "explain": {"foretell", "model", "status", "uapi"},
     "rules": {"care", "model"},
@@ -64,7 +67,10 @@ LAYERS: dict[str, set[str]] = {
     "config": {"model", "rules", "settings", "tables", "trust"},
     "profiles": {"care", "model", "traits"},
     "kept": set(),
-    "admin": {"model"},
+    "admin": {"wire"},
+    "client": {"wire"},
+    "usage": set(),
+    "scratch": set(),
     "metrics": {"", "events", "model", "status", "uapi"},
     "log": {"events", "model", "status"},
     # L3: the shell; its edges come in by Protocol
@@ -80,53 +86,78 @@ LAYERS: dict[str, set[str]] = {
         *("recovery", "starts", "uapi", "unsaved", "who"),
     },
     # L4: composition
-    "library": {"care", "config", "model", "profiles", "rules", "settings", "tables", "trust"},
-    "desk": {"admin", "events", "library", "model", "monitor", "settings", "uapi"},
-    "registering": {"admin", "config", "library", "settings", "store", "tables", "trust"},
-    "daemon": {
-        *("admin", "async_ring", "care", "config", "ctrl", "ctrl_worker", "desk", "discover"),
-        *("events", "kept", "lanes", "launch", "library", "log", "metrics", "model", "monitor"),
-        *("perform", "rules", "server", "settings", "status", "store", "threads", "trust", "uapi"),
+    "driver": {"async_ring", "ctrl", "uapi"},
+    "stopping": {"model", "uapi", "usage", "wire"},
+    "rounds": {"drilling", "model", "server", "store"},
+    "library": {
+        *("care", "config", "model", "profiles", "prospect", "rules", "settings", "tables"),
+        "trust",
     },
-    # The command line: a verb knows no other
+    "desk": {
+        *("", "admin", "attempt", "config", "drilling", "events", "library", "model", "monitor"),
+        *("orders", "prospect", "recovery", "settings", "stopping", "uapi", "wire"),
+    },
+    "registering": {"config", "library", "settings", "store", "tables", "trust", "wire"},
+    "daemon": {
+        *("admin", "care", "config", "ctrl", "ctrl_worker", "desk", "discover", "driver"),
+        *("events", "kept", "lanes", "launch", "library", "log", "metrics", "model", "monitor"),
+        *("perform", "rules", "server", "settings", "status", "stopping", "store", "threads"),
+        *("trust", "uapi", "usage", "wire"),
+    },
+    # The command line: a verb knows no other, but for how a wish is brought to the daemon
     "verbs": {"config"},
-    "verbs.ask": {"admin", "config", "model", "registering", "settings", "store", "verbs"},
-    "verbs.run": {"config", "daemon", "store", "verbs"},
+    "verbs.asking": {"client", "config", "verbs", "wire"},
+    "verbs.order": {"model", "verbs", "verbs.asking", "wire"},
+    "verbs.rules": {
+        *("config", "registering", "settings", "store", "verbs", "verbs.asking", "wire"),
+    },
+    "verbs.stop": {
+        *("client", "config", "ctrl", "ctrl_worker", "driver", "launch", "stopping", "usage"),
+        *("verbs", "verbs.asking", "wire"),
+    },
+    "verbs.drill": {"client", "config", "model", "rounds", "verbs", "verbs.asking", "wire"},
+    "verbs.run": {"config", "daemon", "driver", "store", "verbs"},
     "verbs.show": {"config", "explain", "foretell", "model", "status", "store", "verbs"},
-    "cli": {"", "config", "settings", "verbs", "verbs.ask", "verbs.run", "verbs.show"},
+    "cli": {
+        *("", "config", "settings", "verbs", "verbs.drill", "verbs.order", "verbs.rules"),
+        *("verbs.run", "verbs.show", "verbs.stop"),
+    },
 }
 
 # What acts on the world has one home each.
 HOMES = {
     "ctypes": {"uring"},
-    "mmap": {"uring"},
-    # Servers by fork; journalctl, asked by units; workers, and operators' commands.
-    "subprocess": {"fork", "launch", "units"},
+    "mmap": {"scratch", "uring"},
+    # Servers by fork; journalctl, asked by units; workers, and operators' commands; a drill's I/O.
+    "subprocess": {"fork", "launch", "rounds", "units"},
     "jeepney": {"bus", "units"},
     "psutil": {"server"},
     "pyroute2": {"discover"},
     "sqlite3": {"store"},
     "prometheus_client": {"metrics"},
-    "argparse": {"cli", "verbs", "verbs.ask", "verbs.run", "verbs.show"},
+    "argparse": {
+        *("cli", "verbs", "verbs.asking", "verbs.drill", "verbs.order", "verbs.rules"),
+        *("verbs.run", "verbs.show", "verbs.stop"),
+    },
     "os.pidfd_open": {"server"},
     "signal.pidfd_send_signal": {"server"},
     "os.kill": set(),
     "os.system": set(),
     "os.fork": set(),
     "time.sleep": set(),
-    "time.monotonic": {"verbs.show", "daemon", "desk"},
-    "time.time": {"verbs.show", "desk", "daemon", "status"},
+    "time.monotonic": {"verbs.show", "daemon", "desk", "rounds", "scratch"},
+    "time.time": {"verbs.show", "desk", "daemon", "rounds", "status"},
     "sys.exit": set(),
 }
 PURE = (
     *("uapi", "model", "care", "events", "settings", "traits", "rules", "tables"),
     *("verdict", "pace", "attempt", "orders", "outage", "timers", "resume", "shared", "deaf"),
     *("recovery", "ailing", "symptoms", "foretell"),
-    "explain",
+    *("explain", "prospect", "drilling", "wire"),
 )
 HARMLESS = {
     *("__future__", "collections", "dataclasses", "enum", "errno", "string", "struct", "typing"),
-    *("difflib", "fnmatch", "re", "types", "ublkwatch"),
+    *("difflib", "fnmatch", "json", "re", "types", "ublkwatch"),
 }
 CEILING = 400
 

@@ -36,6 +36,7 @@ class Config:
     profiles: bool
     ignore: tuple[str, ...]
     starts_at_once: int
+    admin_group: str = ""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     policy: Policy = _DEFAULT  # of a device that has no care; the generation is the kernel's to say
     rules: tuple[Rule, ...] = ()
@@ -77,6 +78,7 @@ def parse(content: bytes, name: str) -> Config:
         profiles=values["profiles"],
         ignore=_words(values["ignore"], name, "ignore"),
         starts_at_once=values["starts_at_once"],
+        admin_group=values["admin_group"],
         metrics=check(document.get("metrics", {}), METRICS, name, "metrics."),
         policy=policy_of(check(shared, RECOVERY, name, "recovery.")),
         rules=_rules(document, shared, name),

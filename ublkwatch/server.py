@@ -226,6 +226,23 @@ class Servers:
         self._report(server)
 
 
+def end(server: ServerId) -> bool:
+    """SIGKILL a process, if it still is the one that is meant; tell whether it was."""
+    try:
+        pidfd = os.pidfd_open(server.pid)
+    except OSError:
+        return False
+    try:
+        if server.boot_id != read_boot_id() or _start_ticks(server.pid) != server.start_ticks:
+            return False
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(pidfd)
+    return True
+
+
 def holds(pid: int, node: str) -> bool:
     """Tell whether the process has that device node open, without touching the node."""
     return node in _files(pid)

@@ -50,6 +50,7 @@ TOP = {
     "runtime_dir": Key(str, "/run/ublkwatch", "records, status, attempts; on a tmpfs"),
     "state_dir": Key(str, "/var/lib/ublkwatch", "specs and history; never on a watched device"),
     "launcher": Key(str, "auto", "who starts servers", choices=("auto", "systemd", "fork")),
+    "admin_group": Key(str, "", "the group that may give orders, too; none: root alone"),
     "profiles": Key(bool, True, "take care of known servers that nothing else names"),
     "ignore": Key(list, [], "systemd units whose servers somebody else restarts; * for any part"),
     "starts_at_once": Key(int, 0, "servers started at once; 0: 4 for each CPU", 0, 64),
