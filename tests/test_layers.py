@@ -37,6 +37,8 @@ LAYERS: dict[str, set[str]] = {
         *("shared", "timers", "uapi", "verdict"),
     },
     "status": {"model", "uapi"},
+    "finding": set(),
+    "kernels": set(),
     "wire": {"model"},
     "prospect": {"care", "events", "model"},
     "drilling": {"model"},
@@ -87,6 +89,14 @@ LAYERS: dict[str, set[str]] = {
     },
     # L4: composition
     "driver": {"async_ring", "ctrl", "uapi"},
+    "checking": {
+        *("care", "config", "finding", "identity", "settings", "store", "tables", "trust"),
+    },
+    "examined": {
+        *("async_ring", "checking", "client", "config", "ctrl", "discover", "finding", "model"),
+        *("server", "settings", "uapi", "units", "wire"),
+    },
+    "doctor": {"", "driver", "examined", "finding", "kernels", "model", "uapi"},
     "stopping": {"model", "uapi", "usage", "wire"},
     "rounds": {"drilling", "model", "server", "store"},
     "library": {
@@ -116,11 +126,15 @@ LAYERS: dict[str, set[str]] = {
         *("verbs", "verbs.asking", "wire"),
     },
     "verbs.drill": {"client", "config", "model", "rounds", "verbs", "verbs.asking", "wire"},
+    "verbs.doctor": {
+        *("", "checking", "client", "config", "ctrl", "doctor", "driver", "examined", "finding"),
+        *("model", "settings", "uapi", "verbs", "wire"),
+    },
     "verbs.run": {"config", "daemon", "driver", "store", "verbs"},
     "verbs.show": {"config", "explain", "foretell", "model", "status", "store", "verbs"},
     "cli": {
-        *("", "config", "settings", "verbs", "verbs.drill", "verbs.order", "verbs.rules"),
-        *("verbs.run", "verbs.show", "verbs.stop"),
+        *("", "config", "settings", "verbs", "verbs.doctor", "verbs.drill", "verbs.order"),
+        *("verbs.rules", "verbs.run", "verbs.show", "verbs.stop"),
     },
 }
 
@@ -136,8 +150,8 @@ HOMES = {
     "sqlite3": {"store"},
     "prometheus_client": {"metrics"},
     "argparse": {
-        *("cli", "verbs", "verbs.asking", "verbs.drill", "verbs.order", "verbs.rules"),
-        *("verbs.run", "verbs.show", "verbs.stop"),
+        *("cli", "verbs", "verbs.asking", "verbs.doctor", "verbs.drill", "verbs.order"),
+        *("verbs.rules", "verbs.run", "verbs.show", "verbs.stop"),
     },
     "os.pidfd_open": {"server"},
     "signal.pidfd_send_signal": {"server"},
@@ -146,14 +160,14 @@ HOMES = {
     "os.fork": set(),
     "time.sleep": set(),
     "time.monotonic": {"verbs.show", "daemon", "desk", "rounds", "scratch"},
-    "time.time": {"verbs.show", "desk", "daemon", "rounds", "status"},
+    "time.time": {"verbs.show", "desk", "daemon", "examined", "rounds", "status"},
     "sys.exit": set(),
 }
 PURE = (
     *("uapi", "model", "care", "events", "settings", "traits", "rules", "tables"),
     *("verdict", "pace", "attempt", "orders", "outage", "timers", "resume", "shared", "deaf"),
     *("recovery", "ailing", "symptoms", "foretell"),
-    *("explain", "prospect", "drilling", "wire"),
+    *("explain", "prospect", "drilling", "wire", "finding", "kernels"),
 )
 HARMLESS = {
     *("__future__", "collections", "dataclasses", "enum", "errno", "string", "struct", "typing"),

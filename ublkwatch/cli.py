@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ublkwatch import __version__, config
 from ublkwatch.settings import ConfigError
-from ublkwatch.verbs import Exit, dev_id_of, drill, order, rules, run, say, show, stop
+from ublkwatch.verbs import Exit, dev_id_of, doctor, drill, order, rules, run, say, show, stop
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,4 +50,5 @@ def parser() -> argparse.ArgumentParser:
     rules.add(verbs, shared)
     for each in (order, stop, drill):
         each.add(verbs, shared, device)
+    doctor.add(verbs, shared)
     return whole

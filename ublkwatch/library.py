@@ -158,9 +158,8 @@ class Library:
         return [name for name, table in self._tables.items() if table.get("dev_id") == dev_id]
 
     def _judge(self, care: Care) -> None:
-        for words in (care.command, care.hook, care.decider):
-            if words:
-                self._check(Path(words[0]))
+        for program in care.programs:
+            self._check(Path(program))
 
     def _install(self, settings: Config) -> None:
         self._book = self._bind(settings, self._tables)
