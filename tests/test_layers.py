@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -233,6 +235,25 @@ def test_what_acts_has_one_home(what: str, homes: set[str]) -> None:
         if what in names | calls:
             users.add(module)
     assert users == homes
+
+
+@pytest.mark.parametrize("words", ["status", "hold 0", "reload", "stop 0", "version"])
+def test_a_verb_that_only_asks_is_light(tmp_path: Path, words: str) -> None:
+    config = tmp_path / "ublkwatch.toml"
+    config.write_text(f'runtime_dir = "{tmp_path}/none"\nstate_dir = "{tmp_path}/none"\n')
+    arguments = [*words.split(), "--config", str(config)]
+    if words == "stop 0":
+        arguments.append("--help")  # without a daemon it does the work itself
+    script = (
+        "import contextlib, sys\nfrom ublkwatch import cli\n"
+        f"with contextlib.suppress(SystemExit):\n    cli.main({arguments!r})\n"
+        "print(*sys.modules)"
+    )
+    command = [sys.executable, "-c", script]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"asyncio", "ctypes", "jeepney", "prometheus_client", "psutil", "pyroute2", "sqlite3"}
+    assert heavy.isdisjoint(loaded)
+    assert len(loaded) < 250
 
 
 @pytest.mark.parametrize("module", MODULES)

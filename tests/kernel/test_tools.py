@@ -39,48 +39,6 @@ def findings(supervisor: Supervisor, capsys: pytest.CaptureFixture[str]) -> dict
     return said
 
 
-def test_the_doctor_finds_a_machine_well_and_names_a_closed_gate(
-    server: Servers, watch: Watch, generation: Generation, capsys: pytest.CaptureFixture[str]
-) -> None:
-    server()
-    supervisor = watch({0: "null"})
-    supervisor.watching()
-    well = findings(supervisor, capsys)
-    assert "bad" not in well, well
-    assert "unseen" not in well, well
-    text = "\n".join(well["ok"])
-    for words in (
-        f", {generation.name}'s rules",
-        "module: ublk_drv is loaded",
-        f"daemon: process {supervisor.status()['supervisor_pid']} runs, since 2",
-        "devices: 1 would be recovered",
-    ):
-        assert words in text, text
-    assert ublkwatch(supervisor, "features", "--json") == Exit.OK
-    features = json.loads(capsys.readouterr().out)
-    assert features["generation"] == generation.name
-    assert ("SAFE_STOP_DEV" in features["names"]) == (generation is Generation.G3)
-    assert "USER_RECOVERY_REISSUE" in features["names"]
-    assert features["unknown_bits"] == []
-
-    gate = Path("/proc/sys/kernel/io_uring_disabled")
-    gate.write_text("2")
-    try:
-        closed = findings(supervisor, capsys)
-        assert ublkwatch(supervisor, "features") == Exit.UNAVAILABLE
-    finally:
-        gate.write_text("0")
-    what = "kernel.io_uring_disabled = 2: nobody may use io_uring"
-    assert closed["bad"] == [f"io_uring: {what}"]
-    assert f"features: {what}; try: sysctl kernel.io_uring_disabled=0" in capsys.readouterr().err
-
-    supervisor.stop()
-    assert ublkwatch(supervisor, "version") == Exit.OK
-    assert findings(supervisor, capsys)["bad"] == [
-        "daemon: ublkwatch is not running: no crash is recovered"
-    ]
-
-
 def test_a_mounted_disk_is_not_stopped_and_a_free_one_is(
     *,
     server: Servers,
@@ -137,12 +95,34 @@ def test_a_mounted_disk_is_not_stopped_and_a_free_one_is(
 
 
 @pytest.mark.usefixtures("no_block_errors")
-def test_a_drill_kills_verifies_and_reports(
-    server: Servers, watch: Watch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_machine_that_the_doctor_finds_well_is_drilled_and_a_closed_gate_is_named(
+    server: Servers,
+    watch: Watch,
+    generation: Generation,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     server(target="ram")
     supervisor = watch({0: "ram"})
     before = supervisor.watching()
+    well = findings(supervisor, capsys)
+    assert "bad" not in well, well
+    assert "unseen" not in well, well
+    text = "\n".join(well["ok"])
+    for part in (
+        f", {generation.name}'s rules",
+        "module: ublk_drv is loaded",
+        f"daemon: process {supervisor.status()['supervisor_pid']} runs, since 2",
+        "devices: 1 would be recovered",
+    ):
+        assert part in text, text
+    assert ublkwatch(supervisor, "features", "--json") == Exit.OK
+    features = json.loads(capsys.readouterr().out)
+    assert features["generation"] == generation.name
+    assert ("SAFE_STOP_DEV" in features["names"]) == (generation is Generation.G3)
+    assert "USER_RECOVERY_REISSUE" in features["names"]
+    assert features["unknown_bits"] == []
+
     file = tmp_path / "report.json"
     words = ("drill", "ublkb0", "--rounds", "2", "--scratch", "--yes", "--report", str(file))
     assert ublkwatch(supervisor, *words, "--dry-run") == Exit.OK
@@ -163,3 +143,20 @@ def test_a_drill_kills_verifies_and_reports(
     assert "2 of 2 kills recovered" in told
     assert supervisor.watching()["recoveries"] == 2
     assert "drill, asked by uid 0 (root)" in supervisor.said()
+
+    gate = Path("/proc/sys/kernel/io_uring_disabled")
+    gate.write_text("2")
+    try:
+        closed = findings(supervisor, capsys)
+        assert ublkwatch(supervisor, "features") == Exit.UNAVAILABLE
+    finally:
+        gate.write_text("0")
+    what = "kernel.io_uring_disabled = 2: nobody may use io_uring"
+    assert closed["bad"] == [f"io_uring: {what}"]
+    assert f"features: {what}; try: sysctl kernel.io_uring_disabled=0" in capsys.readouterr().err
+
+    supervisor.stop()
+    assert ublkwatch(supervisor, "version") == Exit.OK
+    assert findings(supervisor, capsys)["bad"] == [
+        "daemon: ublkwatch is not running: no crash is recovered"
+    ]

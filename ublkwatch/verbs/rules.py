@@ -62,10 +62,10 @@ def add(verbs: Any, shared: argparse.ArgumentParser) -> None:
 
 
 def _change(arguments: argparse.Namespace) -> int:
-    from ublkwatch import registering  # noqa: PLC0415 - as in verbs.run
-
     verb = arguments.change
     if verb == "register":
+        from ublkwatch import registering  # noqa: PLC0415 - as in verbs.run
+
         change = registering.change_of(arguments)
     else:
         change = Change(verb, arguments.name, reason=arguments.reason, dry_run=arguments.dry_run)
