@@ -210,11 +210,14 @@ def _takes(parser: argparse.ArgumentParser) -> str:
     return found[0] if found else ""
 
 
+def _valued(verbs: Verbs, *, files: bool) -> str:
+    """Return the options that take a file, or anything else, as a pattern of the shell's."""
+    options = (action for each in verbs.values() for action in options_of(each) if _value(action))
+    found = (a.option_strings for a in options if (_value(a) == "FILE") is files)
+    return "|".join(sorted({name for names in found for name in names}))
+
+
 def _bash(verbs: Verbs) -> str:
-    everywhere = sorted({o for each in verbs.values() for a in options_of(each) if _value(a) == "FILE"
-                         for o in a.option_strings})  # fmt: skip
-    values = sorted({o for each in verbs.values() for a in options_of(each)
-                     if _value(a) and _value(a) != "FILE" for o in a.option_strings})  # fmt: skip
     cases = []
     for name, parser in verbs.items():
         options = " ".join(o for a in options_of(parser) for o in a.option_strings)
@@ -247,8 +250,8 @@ _ublkwatch() {{
         [[ -z $verb && ${{COMP_WORDS[i]}} != -* ]] && verb=${{COMP_WORDS[i]}}
     done
     case $prev in
-        {"|".join(everywhere)}) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
-        {"|".join(values)}) return ;;
+        {_valued(verbs, files=True)}) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
+        {_valued(verbs, files=False)}) return ;;
     esac
     case $verb in
         '') options='{" ".join(verbs)} --version --help' ;;

@@ -15,20 +15,31 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from patience import until
 from test_monitor import FIRST, World, phase
 
 from ublkwatch import cli, config, status
-from ublkwatch.admin import Admin
+from ublkwatch.admin import Admin, Peer
 from ublkwatch.care import Care, Job, Origin
 from ublkwatch.ctrl import CtrlError
 from ublkwatch.desk import Desk
-from ublkwatch.events import Asked
+from ublkwatch.events import Asked, ServerAils
 from ublkwatch.library import Library
-from ublkwatch.model import DevInfo, Exhausted, Generation, Order, Phase, Reason, Record
+from ublkwatch.model import (
+    Ailment,
+    DevInfo,
+    Exhausted,
+    Generation,
+    Order,
+    Phase,
+    Policy,
+    Reason,
+    Record,
+    Remedy,
+)
 from ublkwatch.monitor import Monitor
 from ublkwatch.rules import Unmanaged
 from ublkwatch.stopping import Stopper
@@ -37,7 +48,9 @@ from ublkwatch.trust import check_executable
 from ublkwatch.uapi import DevFlags, DevState
 from ublkwatch.usage import Usage
 from ublkwatch.verbs import Exit
+from ublkwatch.wire import Answer, Deed
 
+PEER = Peer(0, 1, "")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -654,6 +667,25 @@ def test_what_cannot_be_undone_is_not_done_without_a_yes(
     assert [entry["order"] for entry in place.history] == ["register", "forget"]
 
 
+def test_to_recover_what_ails_wants_a_yes_since_it_kills(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def story() -> None:
+        place.seen.post(0, ServerAils(FIRST, Ailment.DEAD_QUEUE, "thread 7", time.monotonic()))
+        await until(lambda: bool(place.seen.records()[0].ill), "it ails")
+        assert await place.run("drill", "0", "--yes") == Exit.REFUSED
+        assert await place.run("recover", "0") == Exit.REFUSED
+        assert FIRST.pid in place.alive
+        assert await place.run("recover", "0", "--yes") == Exit.OK
+        await until(lambda: FIRST.pid not in place.alive, "it was killed")
+
+    play(place, story, on_dead_queue=Remedy.ALERT)
+    said = capsys.readouterr().err
+    killed = "its server, process 100, would be ended by SIGKILL"
+    assert f"recover ublkb0: refused: {killed}; --yes has it done" in said
+    assert "drill ublkb0: refused: its server ails: thread 7" in said
+
+
 # --- stop ----------------------------------------------------------------------------------------
 
 
@@ -766,6 +798,36 @@ def test_a_device_that_nobody_would_bring_back_is_not_drilled(
     said = capsys.readouterr().err
     assert f"drill ublkb0: refused: {says}" in said
     assert "drill ublkb5: refused: no such device is known" in said
+
+
+def test_all_devices_of_a_server_must_be_fit_for_its_drill(place: Place) -> None:
+    class TwoDevices:
+        """A monitor as far as it is asked."""
+
+        def __init__(self, *records: Record) -> None:
+            self._records = records
+
+        def records(self) -> list[Record]:
+            return list(self._records)
+
+        def policy(self, dev_id: int) -> Policy:
+            return Policy(has_spec=dev_id != 2)
+
+    records = [Record(n, "i", phase=Phase.WATCHING, server=FIRST) for n in (0, 1, 2)]
+    other = replace(records[1], server=replace(FIRST, pid=7))
+
+    async def asked(*devices: Record) -> Answer:
+        place.seen = cast("Monitor", TwoDevices(*devices))
+        return await place.desk(place.seen).take(Deed("drill", 0, dry_run=True), PEER)
+
+    both = asyncio.run(asked(*records[:2]))
+    assert both.said == ("the server of ublkb0, ublkb1, process 100, would be killed",)
+    assert asyncio.run(asked(records[0], other)).harm.startswith("the server of ublkb0, process")
+    held = replace(records[1], held=True, held_by="me")
+    assert asyncio.run(asked(records[0], held)).why == "ublkb1: it is held by me; release it first"
+    assert asyncio.run(asked(records[0], records[2])).why.startswith("ublkb2: it is in nobody's")
+    place.uses = Usage(("swapped on",))
+    assert asyncio.run(asked(*records[:2])).why == "it is in use: swapped on"
 
 
 def test_a_drill_of_a_server_that_has_ended_says_so_and_writes_its_report(

@@ -40,7 +40,8 @@ def machine(tmp_path: Path) -> Facts:
         "sys/module/ublk_drv/refcnt": "",
         "dev/ublk-control": "",
         "proc/self/status": STATUS,
-        "proc/self/uid_map": "0 0 4294967295\n",
+        "proc/77/status": STATUS,
+        "proc/77/uid_map": "0 0 4294967295\n",
         "proc/77/limits": LIMITS,
         "proc/sys/kernel/io_uring_disabled": "0\n",
         "proc/self/mountinfo": f"1 0 0:1 / {tmp_path} rw - tmpfs none rw\n",
@@ -161,14 +162,14 @@ BAD, WARN, UNSEEN = Level.BAD, Level.WARN, Level.UNSEEN
         (remove("sys/module/ublk_drv"), BAD, "module", "has no ublk_drv", "a kernel that has"),
         (remove("dev/ublk-control"), BAD, "node", "a container's /dev?", "give the container"),
         (
-            write("proc/self/status", "CapEff:\t0000000000000020\n"),
+            write("proc/77/status", "CapEff:\t0000000000000020\n"),
             BAD,
             "capability",
             "no CAP_SYS_ADMIN: every control",
-            "run as root",
+            "give it that",
         ),
         (
-            write("proc/self/uid_map", "0 100000 65536"),
+            write("proc/77/uid_map", "0 100000 65536"),
             BAD,
             "capability",
             "user namespace",
@@ -189,7 +190,7 @@ BAD, WARN, UNSEEN = Level.BAD, Level.WARN, Level.UNSEEN
             "open files: 256, where 512 may be needed",
             "LimitNOFILE=4096",
         ),
-        (remove("proc/77/limits"), UNSEEN, "limits", "cannot be read", "try sudo"),
+        (remove("proc/77/limits"), UNSEEN, "limits", "cannot be read", "as root"),
         (
             lambda facts: replace(facts, systemd=OSError(2, "no bus")),
             WARN,
@@ -278,7 +279,7 @@ BAD, WARN, UNSEEN = Level.BAD, Level.WARN, Level.UNSEEN
             "attempt 3-1-2 is over, and its processes live: 50 51",
             "kill 50 51",
         ),
-        (lambda facts: replace(facts, blind=True), UNSEEN, "servers", "cannot be seen", "try sudo"),
+        (lambda facts: replace(facts, blind=True), UNSEEN, "servers", "cannot be seen", "as root"),
     ],
 )
 def test_what_stands_in_the_way_is_named_with_the_way_out(  # noqa: PLR0917
@@ -304,6 +305,12 @@ def test_a_module_that_is_only_not_loaded_is_told_from_one_that_is_not_there(
     (found,) = worst(machine)
     assert found.what == "ublk_drv is not loaded"
     assert found.fix.startswith("modprobe ublk_drv; for every boot: ")
+
+
+def test_who_is_not_root_cannot_tell_what_root_may_do(machine: Facts) -> None:
+    (found,) = worst(replace(machine, blind=True, running=False), "capability")
+    assert (found.level, found.fix) == (Level.UNSEEN, "run this as root")
+    assert worst(replace(machine, blind=True), "capability") == [], "the daemon's can be read"
 
 
 def test_a_server_of_an_attempt_that_is_under_way_is_no_stray(machine: Facts) -> None:

@@ -89,7 +89,9 @@ def _registered(settings: Config) -> Iterator[Finding]:
     try:
         registered = read_registrations(settings.state_dir)
     except PermissionError as error:
-        yield Finding(Level.UNSEEN, "registrations", f"{error.filename}: not for us", "try sudo")
+        yield Finding(
+            Level.UNSEEN, "registrations", f"{error.filename}: not for us", "run this as root"
+        )
         return
     named = {rule.match.dev_id: rule.care.source for rule in settings.rules}
     for name, table in sorted(registered.items()):

@@ -21,6 +21,7 @@ from ublkwatch.uapi import DevState
 
 _INIT_PID_NS = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _SYSTEMD_MIN = 240  # Type=exec
+_AS_ROOT = "run this as root"
 _STALE_S = 10.0  # of the status document, at the most
 _CAPABILITIES = {
     "CAP_SYS_ADMIN": (21, Level.BAD, "every control command of ublk"),
@@ -76,18 +77,27 @@ def node(facts: Facts) -> Iterator[Finding]:
 
 
 def capabilities(facts: Facts) -> Iterator[Finding]:
-    """Look for what root has, and a container's root may not have."""
-    text = re.search(r"^CapEff:\s*(\w+)$", _read(facts.root / "proc/self/status"), re.MULTILINE)
+    """Look for what root has, and a container's root may not have: of the daemon, where it runs."""
+    if facts.blind and not facts.running:
+        yield Finding(Level.UNSEEN, "capability", "what root may do here", _AS_ROOT)
+        return
+    status = _read(facts.root / f"proc/{_daemon(facts)}/status")
+    text = re.search(r"^CapEff:\s*(\w+)$", status, re.MULTILINE)
     has = int(text[1], 16) if text else 0
     missing = [name for name, (bit, _, _) in _CAPABILITIES.items() if not has >> bit & 1]
     for name in missing:
         _, level, what = _CAPABILITIES[name]
-        yield Finding(level, "capability", f"no {name}: {what} needs it", "run as root")
+        yield Finding(level, "capability", f"no {name}: {what} needs it", "give it that, or root")
     if not missing:
         yield _ok("capability", "all that are needed")
-    if _read(facts.root / "proc/self/uid_map").split()[:2] not in ([], ["0", "0"]):
-        what = "we are in a user namespace, where the driver takes nobody for root"
+    if _read(facts.root / f"proc/{_daemon(facts)}/uid_map").split()[:2] not in ([], ["0", "0"]):
+        what = "a user namespace, where the driver takes nobody for root"
         yield Finding(Level.BAD, "capability", what, "run in the host's user namespace")
+
+
+def _daemon(facts: Facts) -> str:
+    """Return the process that is looked at: the daemon, or ourselves where none runs."""
+    return str(facts.pid) if facts.running else "self"
 
 
 def io_uring(facts: Facts) -> Iterator[Finding]:
@@ -114,10 +124,10 @@ def driver(facts: Facts) -> Iterator[Finding]:
 
 def limits(facts: Facts) -> Iterator[Finding]:
     """Look at the limits of the daemon, or at our own where none runs."""
-    text = _read(facts.root / f"proc/{facts.pid if facts.running else 'self'}/limits")
+    text = _read(facts.root / f"proc/{_daemon(facts)}/limits")
     found = dict(re.findall(r"^(Max .+?) {2,}(\S+)", text, re.MULTILINE))
     if not found:
-        yield Finding(Level.UNSEEN, "limits", "those of the daemon cannot be read", "try sudo")
+        yield Finding(Level.UNSEEN, "limits", "those of the daemon cannot be read", _AS_ROOT)
         return
     files, needed = found.get("Max open files", "0"), 512 + 8 * len(facts.devices)
     if files != "unlimited" and int(files) < needed:
@@ -174,10 +184,10 @@ def directories(facts: Facts) -> Iterator[Finding]:
         return
     for key in ("runtime_dir", "state_dir"):
         path: Path = getattr(facts.settings, key)
-        there = next(each for each in (path, *path.parents) if each.exists())
+        there = next(each for each in (path, *path.parents) if os.access(each, os.F_OK))
         if not os.access(there, os.W_OK | os.X_OK):
             level = Level.BAD if os.geteuid() == 0 else Level.UNSEEN
-            fix = f"another {key}, or one that root can write" if level is Level.BAD else "try sudo"
+            fix = f"another {key}, or one that root can write" if level is Level.BAD else _AS_ROOT
             yield Finding(level, "directories", f"{there} cannot be written ({key})", fix)
         elif key == "runtime_dir" and (kind := _filesystem(facts, there)) not in ("tmpfs", ""):
             what = f"{path} is on {kind}: what is written there with each step belongs on a tmpfs"
@@ -260,7 +270,7 @@ def _device(
 def strays(facts: Facts) -> Iterator[Finding]:
     """Look for servers that ublkwatch started, and that serve nothing."""
     if facts.blind:
-        yield Finding(Level.UNSEEN, "servers", "others' processes cannot be seen", "try sudo")
+        yield Finding(Level.UNSEEN, "servers", "others' processes cannot be seen", _AS_ROOT)
         return
     known = {each["dev_id"]: each["phase"] for each in facts.document.get("devices", [])}
     idle = ("watching", "observed", "failed", "held", None)
