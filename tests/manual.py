@@ -57,6 +57,8 @@ def _value(action: argparse.Action) -> str:
     """Return what an option's value is called; "" for one that has none."""
     if action.nargs == 0:
         return ""
+    if action.choices and not action.metavar:
+        return "|".join(map(str, action.choices))
     return str(action.metavar or action.dest.upper())
 
 
@@ -134,11 +136,12 @@ def _synopsis(parser: argparse.ArgumentParser) -> str:
     words = []
     for action in _positionals(parser):
         word = f"\\fI{_roff(str(action.metavar))}\\fR"
-        words.append(f"[{word}]" if action.nargs == "?" else word)
+        words.append({"?": f"[{word}]", "*": f"[{word}]..."}.get(str(action.nargs), word))
     for action in options_of(parser):
         value = _value(action)
         name = f"\\fB{_roff(action.option_strings[-1])}\\fR"
-        words.append(f"[{name} \\fI{_roff(value)}\\fR]" if value else f"[{name}]")
+        value = f"[{_roff(value)}]" if action.nargs == "?" else _roff(value)
+        words.append(f"[{name} \\fI{value}\\fR]" if value else f"[{name}]")
     if "ARGV" in parser.format_usage():
         words.append("\\fB\\-\\-\\fR \\fIARGV\\fR...")
     return " ".join(words) or "\\&"
@@ -210,11 +213,21 @@ def _takes(parser: argparse.ArgumentParser) -> str:
     return found[0] if found else ""
 
 
-def _valued(verbs: Verbs, *, files: bool) -> str:
-    """Return the options that take a file, or anything else, as a pattern of the shell's."""
-    options = (action for each in verbs.values() for action in options_of(each) if _value(action))
-    found = (a.option_strings for a in options if (_value(a) == "FILE") is files)
-    return "|".join(sorted({name for names in found for name in names}))
+def _valued(verbs: Verbs) -> str:
+    """Return, as cases of the shell's, what can follow the options that take a value."""
+    cases: dict[str, str] = {}
+    for action in (action for each in verbs.values() for action in options_of(each)):
+        if not _value(action) or action.nargs == "?":
+            continue
+        found = f"compgen -W '{' '.join(action.choices)}'" if action.choices else "true"
+        found = "compgen -f" if _value(action) == "FILE" else found
+        cases |= dict.fromkeys(action.option_strings, found)
+    lines = []
+    for found in sorted(set(cases.values())):
+        names = "|".join(sorted(name for name in cases if cases[name] == found))
+        tail = "" if found == "true" else f'mapfile -t COMPREPLY < <({found} -- "$cur"); '
+        lines.append(f"        {names}) {tail}return ;;")
+    return "\n".join(lines)
 
 
 def _bash(verbs: Verbs) -> str:
@@ -250,8 +263,7 @@ _ublkwatch() {{
         [[ -z $verb && ${{COMP_WORDS[i]}} != -* ]] && verb=${{COMP_WORDS[i]}}
     done
     case $prev in
-        {_valued(verbs, files=True)}) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
-        {_valued(verbs, files=False)}) return ;;
+{_valued(verbs)}
     esac
     case $verb in
         '') options='{" ".join(verbs)} --version --help' ;;
@@ -282,13 +294,15 @@ def _zsh(verbs: Verbs, helps: dict[str, str]) -> str:
         specs = []
         for action in options_of(parser):
             value = _value(action)
-            tail = f":{value}:{'_files' if value == 'FILE' else ' '}" if value else ""
+            what = f"({' '.join(action.choices)})" if action.choices else " "
+            tail = f":{value}:{'_files' if value == 'FILE' else what}" if value else ""
             star = "*" if isinstance(action, argparse._AppendAction) else ""
             help_ = f"[{_quoted(action.help)}]" if action.help else ""
             specs += [f"'{star}{option}{help_}{tail}'" for option in action.option_strings]
         if takes := _takes(parser):
             what = "_files" if takes == "files" else f"_ublkwatch_{takes}"
-            specs.append(f"'1:{takes}:{what}'")
+            many = any(each.nargs == "*" for each in _positionals(parser))
+            specs.append(f"'{'*' if many else '1'}:{takes}:{what}'")
         joined = " \\\n                        ".join(["'--help[show its options]'", *specs])
         cases.append(f"                {name})\n                    _arguments {joined} ;;")
     return f"""\
