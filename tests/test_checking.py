@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import schema
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -134,6 +135,7 @@ def test_the_exit_code_tells_and_programs_get_json(
         }
     ]
     assert not document["healthy"]
+    assert schema.complaints(document, schema.of("findings")) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="for root, which can be nobody for a while")

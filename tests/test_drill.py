@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import schema
 from hypothesis import given
 from hypothesis import strategies as st
 from patience import until
@@ -109,6 +110,7 @@ def test_every_round_kills_the_server_of_then_and_is_timed(stage: Stage) -> None
     assert told[0].startswith(f"kill 1: process {stage.processes[0].pid}; detected after ")
     document = json.loads(json.dumps(report.document()))
     assert document["ok"]
+    assert schema.complaints(document, schema.of("drill")) == []
     assert document["percentiles"]["held_s"] == dict.fromkeys(["p50", "p90", "p99", "p100"], 0.25)
     assert "held       p50 250 ms, p90 250 ms" in report.summary()
     assert report.summary().endswith("2 of 2 kills recovered")
@@ -134,6 +136,7 @@ def test_a_kill_that_is_not_recovered_from_ends_the_drill(
     assert report.rounds == []
     assert says in report.trouble
     assert not report.document()["ok"]
+    assert schema.complaints(report.document(), schema.of("drill")) == []
 
 
 def test_a_process_that_took_the_servers_number_is_not_killed(stage: Stage) -> None:

@@ -27,7 +27,7 @@ _CLIENTS_MAX = 16
 _GUESTS_MAX = 8  # of these, who are not root: they cannot keep root out
 _CLIENT_S = 10.0
 _TAKE_S = 5.0
-STOP_S = 90.0  # to take a stop, which the kernel may let wait
+_DEED_S = 90.0  # for those that look at all processes, or wait for the kernel
 _SO_PEERGROUPS = 59  # include/uapi/asm-generic/socket.h
 _GROUPS_BYTES = 1024  # the most that Python asks for: 256 groups
 _log = logging.getLogger("ublkwatch")
@@ -171,8 +171,8 @@ class Admin:
         assert until is not None
         limit.reschedule(None)
         try:
-            stops = isinstance(wish, Deed) and wish.verb == "stop"
-            async with asyncio.timeout(STOP_S if stops else self._take_s):
+            take_s = _DEED_S if isinstance(wish, Deed) else self._take_s
+            async with asyncio.timeout(take_s):
                 return await self._take(wish, peer)
         except TimeoutError:
             return Answer("not taken in time, and it may be taken yet: the log says why")

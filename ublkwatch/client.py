@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ublkwatch.wire import MESSAGE_MAX, NAME, Answer, Wish, understood
 
-_PATIENCE_S = 15.0  # longer than whatever the other side takes; but for a stop, see STOP_S
-STOP_S = 120.0
+PATIENCE_S = 15.0  # longer than whatever the other side takes ...
+DEED_S = 120.0  # ... but for a stop or a drill
 
 
 class Client:
@@ -22,7 +22,7 @@ class Client:
     def __init__(self, runtime_dir: Path) -> None:
         self._path = str(runtime_dir / NAME)
 
-    def ask(self, wish: Wish, patience_s: float = _PATIENCE_S) -> Answer:
+    def ask(self, wish: Wish, patience_s: float = PATIENCE_S) -> Answer:
         """Return what became of it.
 
         FileNotFoundError and ConnectionRefusedError: none runs. PermissionError: it is not for us.

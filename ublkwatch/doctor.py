@@ -134,7 +134,8 @@ def limits(facts: Facts) -> Iterator[Finding]:
         what = f"open files: {files}, where {needed} may be needed"
         yield Finding(Level.WARN, "limits", what, f"LimitNOFILE={max(4096, needed)} for ublkwatch")
     else:
-        yield _ok("limits", f"open files: {files}")
+        memory = found.get("Max locked memory", "?")
+        yield _ok("limits", f"open files: {files}, locked memory: {memory}")
 
 
 def namespace(facts: Facts) -> Iterator[Finding]:

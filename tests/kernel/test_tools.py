@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import schema
 from conftest import DEADLINE_S, wait_until
 from supervisor import Supervisor
 
@@ -122,6 +123,7 @@ def test_a_machine_that_the_doctor_finds_well_is_drilled_and_a_closed_gate_is_na
     assert ("SAFE_STOP_DEV" in features["names"]) == (generation is Generation.G3)
     assert "USER_RECOVERY_REISSUE" in features["names"]
     assert features["unknown_bits"] == []
+    assert schema.complaints(features, schema.of("features")) == []
 
     file = tmp_path / "report.json"
     words = ("drill", "ublkb0", "--rounds", "2", "--scratch", "--yes", "--report", str(file))
@@ -131,6 +133,7 @@ def test_a_machine_that_the_doctor_finds_well_is_drilled_and_a_closed_gate_is_na
     told = capsys.readouterr().out
     report = json.loads(file.read_text())
     assert report["ok"]
+    assert schema.complaints(report, schema.of("drill")) == []
     assert len(report["rounds"]) == 2
     assert report["rounds"][0]["killed_pid"] == before["server_pid"]
     assert len({each["new_pid"] for each in report["rounds"]} - {before["server_pid"]}) == 2

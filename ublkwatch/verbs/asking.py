@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ublkwatch import config, wire
-from ublkwatch.client import Client
+from ublkwatch.client import PATIENCE_S, Client
 from ublkwatch.config import Config
 from ublkwatch.verbs import Exit, say
 from ublkwatch.wire import Answer, Change, Deed, Request
 
 Wish = Request | Deed | Change
-_PATIENCE_S = 15.0
 
 
 def add_options(verb: argparse.ArgumentParser, *, asks: bool = False) -> None:
@@ -35,7 +34,7 @@ def hand_over(  # noqa: PLR0913 - each by its name
     more: str = "",
     offline: Callable[[Config], int] | None = None,
     then: Callable[[Config, Answer], int] | None = None,
-    patience_s: float = _PATIENCE_S,
+    patience_s: float = PATIENCE_S,
 ) -> int:
     """Ask the daemon, and a person beforehand where it cannot be undone; return the exit code.
 

@@ -66,7 +66,7 @@ def _drill(arguments: argparse.Namespace) -> int:
         hint=f"`ublkwatch explain {dev_id}` says more",
         more=harm,
         then=partial(_run, arguments),
-        patience_s=client.STOP_S,
+        patience_s=client.DEED_S,
     )
 
 

@@ -32,7 +32,7 @@ def _stop(arguments: argparse.Namespace) -> int:
         what,
         hint="nothing was done",
         offline=partial(_directly, deed, what, arguments.yes),
-        patience_s=client.STOP_S,
+        patience_s=client.DEED_S,
     )
 
 
