@@ -3,12 +3,13 @@ PYTHON := .venv/bin/python
 # The kernels' lab, or this very machine where it has the driver.
 LAB := $(PYTHON) lab/lab.py run $(if $(wildcard /dev/ublk-control),--host,--kernel lts --cpus 2)
 
-.PHONY: help demo test lint bench bench-smoke setup clean
+.PHONY: help demo test lint bench bench-smoke docs setup clean
 
 help:
 	@echo 'make demo   watch fio run through ten killed servers, on a real kernel'
 	@echo 'make test   lint, types and all tests, on two real kernels'
 	@echo 'make lint   format, lint and types only'
+	@echo 'make docs   the manual pages and the completions, written anew from the code'
 	@echo 'make bench  how fast ublkwatch recovers, beside an oracle; what it costs at rest'
 
 demo: setup
@@ -19,6 +20,9 @@ test: setup
 
 lint: .venv/.ready
 	@$(PYTHON) -m tests lint
+
+docs: .venv/.ready
+	@$(PYTHON) -m tests.manual
 
 # On two kernels, some twenty minutes: python -m bench --help has the options.
 bench: setup

@@ -11,7 +11,7 @@ import socket
 import stat
 import tempfile
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ublkwatch import admin
-from ublkwatch.admin import Admin, Change, Peer, Request, RequestError
+from ublkwatch import wire
+from ublkwatch.admin import Admin, Peer
+from ublkwatch.client import Client
 from ublkwatch.model import Order
+from ublkwatch.wire import Answer, Change, Deed, Question, Request, RequestError, Wish
 
 CLIENTS_MAX = 16
 CLIENT_S = 2.0
 TAKE_S = 0.2
 PATIENCE_S = 25.0
+KEYS = ("for_s", "reason", "dry_run", "force", "name", "table")
 HOLD = {"version": 1, "order": "hold", "dev_id": 3}
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -38,16 +41,19 @@ class World:
     def __init__(self, runtime_dir: Path) -> None:
         self.runtime_dir = runtime_dir
         self.path = runtime_dir / "admin.sock"
-        self.taken: list[tuple[Request | Change, Peer]] = []
+        self.taken: list[tuple[Wish, Peer]] = []
         self.refusal = ""
+        self.said: tuple[str, ...] = ()
         self.stuck = False
+        self.slow_s = 0.0
         self._opened: list[asyncio.StreamWriter] = []
 
-    async def take(self, request: Request | Change, peer: Peer) -> str:
+    async def take(self, request: Wish, peer: Peer) -> Answer:
         if self.stuck:
             await asyncio.get_running_loop().create_future()
+        await asyncio.sleep(self.slow_s)
         self.taken.append((request, peer))
-        return self.refusal
+        return Answer(self.refusal, self.said)
 
     async def connect(self) -> Streams:
         streams = await asyncio.open_unix_connection(str(self.path))
@@ -77,18 +83,22 @@ def say(path: Path, raw: bytes) -> list[dict[str, Any]]:
     return answers
 
 
-def serve(tmp_path: Path, story: Callable[[World], Awaitable[None]]) -> World:
+def serve(
+    tmp_path: Path, story: Callable[[World], Awaitable[None]], group: int | None = None
+) -> World:
     """Tell a story to a socket; whatever reaches the loop unhandled fails it."""
     unhandled: list[dict[str, Any]] = []
     world = World(tmp_path)
 
     async def main() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, what: unhandled.append(what))
-        door = Admin(tmp_path, world.take, client_s=CLIENT_S, take_s=TAKE_S)
+        door = Admin(tmp_path, world.take, group=group, client_s=CLIENT_S, take_s=TAKE_S)
         await door.start()
         try:
             await asyncio.wait_for(story(world), PATIENCE_S)
         finally:
+            if os.getuid() == 0:
+                os.seteuid(0)
             door.close()
             world.close()
 
@@ -123,15 +133,17 @@ def test_a_client_may_go_on_asking(tmp_path: Path) -> None:
         answers = await world.say(line() + line(order="retry", dev_id=4))
         assert [answer["ok"] for answer in answers] == [True, True]
 
-    assert [request.dev_id for request, _ in serve(tmp_path, story).taken] == [3, 4]
+    taken = [request for request, _ in serve(tmp_path, story).taken]
+    assert taken == [Request(Order.HOLD, 3), Request(Order.RETRY, 4)]
 
 
 @pytest.mark.parametrize("order", Order)
 def test_the_command_lines_side_is_understood(tmp_path: Path, order: Order) -> None:
     async def story(world: World) -> None:
         world.refusal = "no" if order is Order.RETRY else ""
-        refusal = await asyncio.to_thread(admin.ask, tmp_path, Request(order, 7, reason="why"))
-        assert refusal == world.refusal
+        world.said = ("this", "and that")
+        answer = await asyncio.to_thread(Client(tmp_path).ask, Request(order, 7, reason="why"))
+        assert answer == Answer(world.refusal, world.said)
 
     assert [request for request, _ in serve(tmp_path, story).taken] == [
         Request(order, 7, reason="why")
@@ -188,11 +200,11 @@ def test_a_directory_whose_path_is_too_long_is_an_error_that_says_so(tmp_path: P
 def test_nobody_there_is_told_from_nobody_listening(tmp_path: Path) -> None:
     request = Request(Order.RETRY, 0)
     with pytest.raises(FileNotFoundError):
-        admin.ask(tmp_path, request)
+        Client(tmp_path).ask(request)
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(tmp_path / "admin.sock"))
     with pytest.raises(ConnectionRefusedError):
-        admin.ask(tmp_path, request)
+        Client(tmp_path).ask(request)
 
 
 @pytest.mark.parametrize("answer", [b"", b"[]\n", b"{}\n", b"\xff\n", b'{"ok": false}\n'])
@@ -210,8 +222,82 @@ def test_an_answer_that_is_none_is_an_error_and_no_success(tmp_path: Path, answe
         thread = threading.Thread(target=serve_once)
         thread.start()
         with pytest.raises(ConnectionError, match="the answer was"):
-            admin.ask(tmp_path, Request(Order.RETRY, 0))
+            Client(tmp_path).ask(Request(Order.RETRY, 0))
         thread.join()
+
+
+@contextlib.contextmanager
+def nobody() -> Iterator[Path]:
+    """Be root again afterwards; until then a directory that everybody may look into."""
+    before = os.getgroups()
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        try:
+            yield Path(name)
+        finally:
+            os.seteuid(0)
+            os.setgroups(before)
+
+
+GROUP = 4711
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="for root, which can be nobody for a while")
+@pytest.mark.parametrize("how", ["supplementary", "none", "very many"])
+def test_a_member_of_the_group_may_give_orders_but_not_say_what_root_runs(how: str) -> None:
+    groups = {"supplementary": [1, GROUP], "none": [1], "very many": [*range(5000, 5400), GROUP]}
+    asked = Change("register", "x", {"dev_id": 3, "command": ["/bin/sh"]})
+
+    async def story(world: World) -> None:
+        mode = world.path.stat()
+        assert (stat.S_IMODE(mode.st_mode), mode.st_gid) == (0o660, GROUP)
+        if how != "supplementary":
+            world.path.chmod(0o666)  # whatever becomes of the file
+        os.setgroups(groups[how])
+        os.seteuid(65534)
+        (answer,) = await world.say(line())
+        if how == "supplementary":
+            assert answer == {"version": 1, "ok": True}
+            (answer,) = await world.say(asked.line())
+            assert answer["why"] == "only root may say what root runs"
+            (answer,) = await world.say(Change("reload").line())
+            assert answer["ok"]
+        else:
+            assert answer["why"] == "only root, or a member of admin_group, may ask for anything"
+
+    with nobody() as home:
+        world = serve(home, story, group=GROUP)
+    if how == "supplementary":
+        assert [peer.uid for _, peer in world.taken] == [65534, 65534]
+        assert [wish for wish, _ in world.taken] == [Request(Order.HOLD, 3), Change("reload")]
+    else:
+        assert world.taken == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="for root, which can be nobody for a while")
+def test_members_of_the_group_cannot_keep_root_out() -> None:
+    async def story(world: World) -> None:
+        os.setgroups([GROUP])
+        os.seteuid(65534)
+        silent = [await world.connect() for _ in range(CLIENTS_MAX)]
+        for reader, _ in silent[CLIENTS_MAX // 2 :]:
+            assert b"too many clients" in await reader.readline()
+        os.seteuid(0)
+        assert (await world.say(line()))[0]["ok"]
+
+    with nobody() as home:
+        serve(home, story, group=GROUP)
+
+
+def test_a_stop_may_take_long_and_the_clients_own_time_waits(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        world.slow_s = CLIENT_S + 0.5
+        stop = Deed("stop", 3).line()
+        answers = await world.say(stop + line())
+        assert [each["ok"] for each in answers] == [True, False]
+        assert "not taken in time" in answers[1]["why"]
+
+    serve(tmp_path, story)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="for root, which can be nobody for a while")
@@ -246,8 +332,12 @@ def test_a_socket_that_somebody_opened_to_all_is_still_for_root_alone() -> None:
         (b"[]\n", "not a JSON object"),
         (b"{}\n", "version None, where 1 is spoken"),
         (line(version=2), "version 2, where 1 is spoken"),
-        (line(force=True), "'force': unknown key; known are dev_id, for_s, order"),
-        (line(order="stop"), "order: 'stop' is none of hold, release, retry, recover, forget"),
+        (line(force=True), "'force': unknown key; known are dev_id, dry_run, for_s, order"),
+        (line(dry_run=1), "dry_run: 1 is neither true nor false"),
+        (line(order="stop", force="yes"), "force: 'yes' is neither true nor false"),
+        (line(order="stop", for_s=3), "'for_s': unknown key; known are dev_id, dry_run, force"),
+        (line(order="version"), "'dev_id': unknown key; known are order, version"),
+        (line(order="halt"), "order: 'halt' is none of hold, release, retry, recover, forget"),
         (line(order=["hold"]), "order: a list is none of"),
         (line(dev_id="3"), "dev_id: '3' is no number of a device"),
         (line(dev_id=True), "dev_id: True is no number of a device"),
@@ -283,7 +373,8 @@ def test_what_is_no_order_is_refused_by_name_and_ends_the_conversation(
 
 def test_what_is_said_cannot_forge_a_line_of_a_log() -> None:
     reason = "a\nublk 0: recovered\x1b[2J\u202e\ud800 b\u00e9 "
-    assert admin.parse(line(reason=reason)).reason == "a ublk 0: recovered [2J   b\u00e9"
+    parsed = wire.parse(line(reason=reason))
+    assert parsed == Request(Order.HOLD, 3, reason="a ublk 0: recovered [2J   b\u00e9")
 
 
 json_values = st.recursive(
@@ -296,20 +387,53 @@ json_values = st.recursive(
 @settings(max_examples=200, deadline=None)
 @given(
     st.binary(max_size=200)
-    | st.dictionaries(st.sampled_from([*HOLD, "for_s", "reason", "x"]), json_values).map(
+    | st.dictionaries(st.sampled_from([*HOLD, *KEYS, "x"]), json_values).map(
         lambda changes: line(**changes)
     )
 )
 def test_whatever_is_written_is_an_order_or_refused_with_words(raw: bytes) -> None:
     try:
-        request = admin.parse(raw)
+        request = wire.parse(raw)
     except RequestError as error:
         said = str(error)
     else:
         said = ""
-        assert admin.parse(request.line()) == request
+        assert wire.parse(request.line()) == request
     assert said.isascii()
     assert len(said) < 200
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        Request(Order.RECOVER, 3, dry_run=True),
+        Deed("stop", 0, force=True, reason="old disk"),
+        Deed("drill", 4, dry_run=True),
+        Change("register", "a", {"dev_id": 3}, dry_run=True),
+        Question("version"),
+    ],
+)
+def test_every_kind_of_wish_passes_unchanged(wish: Wish) -> None:
+    assert wire.parse(wish.line()) == wish
+    assert len(wish.line()) < 200
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(), st.lists(st.text(), max_size=300), st.text())
+def test_an_answer_passes_bounded(why: str, said: list[str], harm: str) -> None:
+    raw = Answer(why, tuple(said), harm).line()
+    answer = wire.understood(raw)
+    assert (answer.why, answer.harm) == (why, harm)
+    assert answer.said[:100] == tuple(each[:300] for each in said[:100])
+    assert len(answer.said) <= 101
+    assert len(Answer("", ("x" * 5000,) * 5000).line()) < wire.MESSAGE_MAX
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=60) | json_values.map(lambda each: json.dumps(each).encode()))
+def test_whatever_answers_is_an_answer_or_an_error(raw: bytes) -> None:
+    with contextlib.suppress(ConnectionError):
+        assert isinstance(wire.understood(raw), Answer)
 
 
 def test_changes_of_the_rules_are_taken_too(tmp_path: Path) -> None:
@@ -319,9 +443,9 @@ def test_changes_of_the_rules_are_taken_too(tmp_path: Path) -> None:
         Change("reload"),
     ]
 
-    async def story(world: World) -> None:
+    async def story(_world: World) -> None:
         for change in changes:
-            assert await asyncio.to_thread(admin.ask, tmp_path, change) == world.refusal
+            assert await asyncio.to_thread(Client(tmp_path).ask, change) == Answer()
 
     assert [change for change, _ in serve(tmp_path, story).taken] == changes
     said = ["register ublkb3", "unregister vm.disks-1", "reload"]
@@ -337,12 +461,12 @@ def test_changes_of_the_rules_are_taken_too(tmp_path: Path) -> None:
         ({"order": "unregister", "name": ".x"}, "name: '.x': 1 to 64 letters"),
         ({"order": "unregister", "name": "x", "table": {}}, "'table': unknown key; known are "),
         ({"order": "register", "name": "x", "table": 3}, "table: must be an object"),
-        ({"order": "reload", "dev_id": 3}, "'dev_id': unknown key; known are order, reason, vers"),
+        ({"order": "reload", "dev_id": 3}, "'dev_id': unknown key; known are dry_run, order, rea"),
     ],
 )
 def test_a_change_that_is_none_is_refused_with_words(content: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestError) as caught:
-        admin.parse(json.dumps({"version": 1, **content}).encode() + b"\n")
+        wire.parse(json.dumps({"version": 1, **content}).encode() + b"\n")
     assert says in str(caught.value)
 
 
@@ -399,7 +523,7 @@ def test_a_client_that_asks_and_never_reads_delays_nobody(tmp_path: Path) -> Non
                 while True:
                     sent += greedy.send(line() * 100)
                     await asyncio.sleep(0)
-            assert sent > admin.MESSAGE_MAX
+            assert sent > wire.MESSAGE_MAX
             assert (await world.say(line(dev_id=9)))[0]["ok"]
 
     serve(tmp_path, story)

@@ -27,6 +27,7 @@ ignore = ["mine@*.service"]
 starts_at_once = 3
 lock_memory = false
 placement = "warn"
+admin_group = "disk"
 
 [metrics]
 enabled = false
@@ -156,7 +157,7 @@ def test_the_example_has_every_key_and_none_at_its_default() -> None:
     policy = {key: plain(value) for key, value in asdict(full.policy).items()}
     top = (
         *("poll_interval_s", "launcher", "profiles", "ignore", "starts_at_once", "lock_memory"),
-        "placement",
+        *("placement", "admin_group"),
     )
     given = {key: plain(getattr(full, key)) for key in top} | dict(full.metrics)
     given |= {key: policy[key] for key in RECOVERY}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import io
 import json
 import logging
 import os
@@ -11,27 +13,44 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from patience import until
-from test_monitor import World, phase
+from test_monitor import FIRST, World, phase
 
 from ublkwatch import cli, config, status
-from ublkwatch.admin import Admin
+from ublkwatch.admin import Admin, Peer
 from ublkwatch.care import Care, Job, Origin
+from ublkwatch.ctrl import CtrlError
 from ublkwatch.desk import Desk
-from ublkwatch.events import Asked
+from ublkwatch.events import Asked, ServerAils
 from ublkwatch.library import Library
-from ublkwatch.model import DevInfo, Exhausted, Generation, Order, Phase, Reason, Record
+from ublkwatch.model import (
+    Ailment,
+    DevInfo,
+    Exhausted,
+    Generation,
+    Order,
+    Phase,
+    Policy,
+    Reason,
+    Record,
+    Remedy,
+)
 from ublkwatch.monitor import Monitor
 from ublkwatch.rules import Unmanaged
+from ublkwatch.stopping import Stopper
 from ublkwatch.store import Store
 from ublkwatch.trust import check_executable
-from ublkwatch.uapi import DevState
+from ublkwatch.uapi import DevFlags, DevState
+from ublkwatch.usage import Usage
 from ublkwatch.verbs import Exit
+from ublkwatch.wire import Answer, Deed
 
+PEER = Peer(0, 1, "")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -51,6 +70,9 @@ class Place(World):
         self.failing_starts = 0
         self.jobs: list[Job] = []
         self.unmanaged = False  # but for what is registered
+        self.uses = Usage()
+        self.features = DevFlags.SAFE_STOP_DEV
+        self.stop_error = 0
 
     def save_record(self, record: Record) -> None:
         super().save_record(record)
@@ -76,7 +98,22 @@ class Place(World):
             check_executable,
             Generation.G3,
         )
-        return Desk(monitor, self.library, lambda: "no configuration here", self.history.append)
+        stopper = Stopper(self, self, self.features, lambda _: self.uses)
+        load = partial(config.load, self.config)
+        return Desk(monitor, self.library, load, stopper, self.history.append)
+
+    async def call(
+        self, command: str, dev_id: int, key: str, *, timeout_s: float, **arguments: float
+    ) -> dict[str, Any]:
+        if "STOP" in command:
+            self.diary.append(command)
+            if self.stop_error:
+                raise CtrlError(self.stop_error, command, dev_id)
+            assert self.info
+            self.info = replace(self.info, state=DevState.DEAD, ublksrv_pid=-1)
+            self.seen.server_exited(self.alive.pop(FIRST.pid))  # which sees its disk go
+            return {}
+        return await super().call(command, dev_id, key, timeout_s=timeout_s, **arguments)
 
     def show(self) -> dict[str, Any]:
         """Write the status document, and return what it says of the device."""
@@ -206,7 +243,7 @@ def test_a_device_that_was_lost_before_we_came_is_recovered_when_asked(place: Pl
         await phase(place, Phase.GRACE)
         assert await place.run("recover", "ublkc0") == Exit.OK
         await phase(place, Phase.WATCHING)
-        assert await place.run("forget", "0", "--reason", "mine") == Exit.OK
+        assert await place.run("forget", "0", "--yes", "--reason", "mine") == Exit.OK
         record = await phase(place, Phase.OBSERVED)
         assert record.reason is Reason.FORGOTTEN
         assert record.detail.endswith(": mine")
@@ -425,9 +462,9 @@ def test_what_is_registered_is_kept_shown_and_undone(
     play(place, story)
     said = capsys.readouterr()
     assert said.out == (
-        "register ublkb3: done\n"
+        "register ublkb3: done\n  ublkb3: a new rule (registration ublkb3: device)\n"
         "ublkb3: ublkb3: delegated: /bin/true recover -n {dev_id}\n"
-        "unregister ublkb3: done\n{}\n"
+        "unregister ublkb3: done\n  ublkb3: no rule any more (registration ublkb3: device)\n{}\n"
     )
     assert "refused: ublkb3: nothing is registered by this name" in said.err
     assert f"register ublkb3, asked by uid {os.geteuid()}" in caplog.text
@@ -448,7 +485,7 @@ def test_a_registered_command_is_the_one_that_is_started(place: Place) -> None:
         place.crash()
         assert (await until_recovered(place)).recoveries == 1
         assert [job.command for job in place.jobs] == [("/bin/true", "1")]
-        assert await place.run("forget", "0") == Exit.OK
+        assert await place.run("forget", "0", "--yes") == Exit.OK
         assert place.library.registered() == {}
 
     play(place, story, first=Phase.OBSERVED)
@@ -513,11 +550,301 @@ def test_without_a_daemon_a_registration_is_kept_for_the_next_one(
     assert out.endswith("nothing is registered\n")
 
 
-def test_a_configuration_is_read_anew_when_asked_for(
+def test_a_reload_says_what_is_other_and_applies_it(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    top, device = place.config.read_text().split("[[device]]")
+    server = '[[server]]\nprocess = "x"\ncommand = ["/bin/true"]\n'
+
+    async def story() -> None:
+        assert await place.run("reload") == Exit.OK
+        place.config.write_text(
+            f"poll_interval_s = 2\n{top}[recovery]\ngrace_s = 4\n"
+            f"[[device]]\nattempts_max = 7{device}{server}"
+        )
+        assert await place.run("reload", "--dry-run") == Exit.OK
+        assert place.library.settings.rules[0].care.policy.attempts_max == 5
+        assert await place.run("reload") == Exit.OK
+        policy = place.library.settings.rules[0].care.policy
+        assert (policy.attempts_max, policy.grace_s) == (7, 4)
+        assert await place.run("reload") == Exit.OK
+
+    play(place, story)
+    same = "reload: done\n  nothing is other\n"
+    other = (
+        "  poll_interval_s: 1.0 -> 2.0, when ublkwatch is restarted\n"
+        "  recovery.grace_s: 0 -> 4\n"
+        "  ublkb0: attempts_max: 5 -> 7\n"
+        f"  process x: a new rule ({place.config}: server[1])\n"
+    )
+    dry = f"reload: dry run, nothing is done\n{other}"
+    assert capsys.readouterr().out == f"{same}{dry}reload: done\n{other}{same}"
+    assert [entry["order"] for entry in place.history] == ["reload"] * 3
+
+
+def test_a_reload_of_a_bad_file_changes_nothing_and_says_why(place: Place) -> None:
+    async def story() -> None:
+        desk = place.desk(place.seen)
+        place.config.write_text("runtime = 1\n")
+        for dry_run in (True, False):
+            answer = await desk.reload(dry_run=dry_run)
+            assert f"{place.config}: runtime: unknown key" in answer.why
+        assert desk.library.settings.rules
+
+    play(place, story)
+
+
+# --- what would be done --------------------------------------------------------------------------
+
+
+def test_a_dry_run_says_what_would_be_done_and_does_nothing(
     place: Place, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def story() -> None:
-        assert await place.run("reload") == Exit.REFUSED
+        for words in (
+            ("hold", "0"),
+            ("release", "0"),
+            ("forget", "0"),
+            ("stop", "0"),
+            ("drill", "0", "--rounds", "2", "--scratch"),
+            ("register", "3", "--", "/bin/true"),
+            ("unregister", "ublkb3"),
+        ):
+            code = Exit.REFUSED if words[0] in ("release", "unregister") else Exit.OK
+            assert await place.run(*words[:1], "--dry-run", *words[1:]) == code, words
+        assert not place.seen.records()[0].held
+        assert place.library.registered() == {}
+        assert not [line for line in place.diary if "STOP" in line]
+        assert FIRST.pid in place.alive
+        place.crash()
+        await phase(place, Phase.GRACE)
+        assert await place.run("recover", "0", "--dry-run") == Exit.OK
+        assert (await phase(place, Phase.GRACE)).attempts == 0
+
+    play(place, story, grace_s=3600)
+    said = capsys.readouterr()
+    nothing = "dry run, nothing is done\n"
+    for words in (
+        f"hold ublkb0: {nothing}  it would stay watching\n  a crash would not be recovered",
+        f"forget ublkb0: {nothing}  it would go from watching to observed\n",
+        f"stop ublkb0: {nothing}  TRY_STOP_DEV would be sent, and /dev/ublkb0 removed\n",
+        f"drill ublkb0: {nothing}  the server of ublkb0, process 100, would be killed, 2 times; ",
+        f"register ublkb3: {nothing}  ublkb3: a new rule (registration ublkb3: device)\n",
+        f"recover ublkb0: {nothing}  it would go from grace to draining\n  a new server would be",
+    ):
+        assert words in said.out, words
+    assert "release ublkb0: refused: it is not held" in said.err
+    assert "unregister ublkb3: refused: ublkb3: nothing is registered by this name" in said.err
+    assert place.history == []
+
+
+def test_what_cannot_be_undone_is_not_done_without_a_yes(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    async def story() -> None:
+        assert place.library
+        await place.run("register", "3", "--", "/bin/true")
+        for verb in ("forget", "stop", "drill"):
+            assert await place.run(verb, "0") == Exit.REFUSED
+            monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+            assert await place.run(verb, "0") == Exit.REFUSED
+            monkeypatch.undo()
+        assert place.seen.records()[0].phase is Phase.WATCHING
+        monkeypatch.setattr("sys.stdin", Terminal("y\n"))
+        assert await place.run("forget", "3") == Exit.OK
+        assert place.library.registered() == {}
 
     play(place, story)
-    assert "reload: refused: no configuration here; nothing was changed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    lost = "ublkwatch keeps its hands off it for the rest of its life"
+    assert f"forget ublkb0: refused: {lost}; --yes has it done, --dry-run says more\n" in said
+    assert f"forget ublkb0: {lost}. Go on? [y/N] ublkwatch: forget ublkb0: nothing was" in said
+    assert "registration ublkb3 would be removed. Go on?" in said
+    assert [entry["order"] for entry in place.history] == ["register", "forget"]
+
+
+def test_to_recover_what_ails_wants_a_yes_since_it_kills(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def story() -> None:
+        place.seen.post(0, ServerAils(FIRST, Ailment.DEAD_QUEUE, "thread 7", time.monotonic()))
+        await until(lambda: bool(place.seen.records()[0].ill), "it ails")
+        assert await place.run("drill", "0", "--yes") == Exit.REFUSED
+        assert await place.run("recover", "0") == Exit.REFUSED
+        assert FIRST.pid in place.alive
+        assert await place.run("recover", "0", "--yes") == Exit.OK
+        await until(lambda: FIRST.pid not in place.alive, "it was killed")
+
+    play(place, story, on_dead_queue=Remedy.ALERT)
+    said = capsys.readouterr().err
+    killed = "its server, process 100, would be ended by SIGKILL"
+    assert f"recover ublkb0: refused: {killed}; --yes has it done" in said
+    assert "drill ublkb0: refused: its server ails: thread 7" in said
+
+
+# --- stop ----------------------------------------------------------------------------------------
+
+
+def test_a_stopped_device_is_gone_and_no_crash(place: Place) -> None:
+    async def story() -> None:
+        assert await place.run("stop", "0", "--yes") == Exit.OK
+        await until(lambda: not place.seen.records(), "it is gone")
+
+    play(place, story)
+    assert [line for line in place.diary if "spawn" in line or "STOP" in line] == ["TRY_STOP_DEV"]
+    (entry,) = place.history
+    assert (entry["order"], entry["dev_id"], entry["result"]) == ("stop", 0, "taken")
+
+
+@pytest.mark.parametrize("error", [errno.EBUSY, errno.EPERM])
+def test_a_device_that_could_not_be_stopped_is_watched_as_before(
+    place: Place, error: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.stop_error = error
+
+    async def story() -> None:
+        assert await place.run("stop", "0", "--yes") == Exit.REFUSED
+        record = place.seen.records()[0]
+        assert (record.phase, record.held) == (Phase.WATCHING, False)
+        place.crash()
+        assert (await until_recovered(place)).recoveries == 1
+
+    play(place, story)
+    said = "somebody has just opened it" if error == errno.EBUSY else "no CAP_SYS_ADMIN"
+    assert said in capsys.readouterr().err
+
+
+def test_a_stop_that_hangs_leaves_the_device_held(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.stop_error = errno.ETIMEDOUT
+
+    async def story() -> None:
+        assert await place.run("stop", "0", "--yes") == Exit.REFUSED
+        place.crash()  # the server is ended, and the kernel goes on with STOP_DEV
+        assert (await phase(place, Phase.HELD)).held
+
+    play(place, story)
+    said = "TRY_STOP_DEV was not answered within 60 s: its server has requests and does not"
+    assert said in capsys.readouterr().err
+
+
+def test_a_device_in_use_is_stopped_by_force_alone(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.uses = Usage(("mounted on /mnt (process 7 sees it)", "/dev/ublkb0 is open in process 9"))
+
+    async def story() -> None:
+        assert await place.run("stop", "0", "--yes") == Exit.REFUSED
+        assert await place.run("drill", "0", "--yes") == Exit.REFUSED
+        place.uses = Usage((), 3)
+        assert await place.run("stop", "0", "--yes") == Exit.REFUSED
+        assert await place.run("stop", "0", "--yes", "--force") == Exit.OK
+
+    play(place, story)
+    assert "STOP_DEV" in place.diary
+    said = capsys.readouterr().err
+    used = "it is in use: mounted on /mnt (process 7 sees it); /dev/ublkb0 is open in process 9"
+    assert f"stop ublkb0: refused: {used}; nothing was done\n" in said
+    assert f"drill ublkb0: refused: {used}; " in said
+    assert "who uses it cannot be seen: of 3 processes we may not look" in said
+
+
+def test_a_device_that_is_being_recovered_is_not_stopped_amid_it(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.start_hangs = True
+
+    async def story() -> None:
+        place.crash()
+        await phase(place, Phase.STARTING)
+        assert await place.run("stop", "0", "--yes", "--force") == Exit.REFUSED
+        place.start_hangs = False
+        await phase(place, Phase.WATCHING)
+        assert place.info
+        place.info = replace(place.info, state=DevState.DEAD)
+        assert await place.run("stop", "0", "--yes") == Exit.REFUSED
+
+    play(place, story)
+    said = capsys.readouterr().err
+    assert "ublkwatch is at work on it (starting); hold it first, or wait" in said
+    assert "it has no disk that could be stopped: its state is DEAD" in said
+
+
+# --- drill ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "says"),
+    [
+        (("hold", "0"), "it is held by uid"),
+        (("forget", "0", "--yes"), "it is in nobody's care, so nobody would bring it back"),
+    ],
+)
+def test_a_device_that_nobody_would_bring_back_is_not_drilled(
+    place: Place, before: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def story() -> None:
+        assert await place.run(*before) == Exit.OK
+        assert await place.run("drill", "0", "--yes", "--although-in-use") == Exit.REFUSED
+        assert await place.run("drill", "5", "--yes") == Exit.REFUSED
+        assert FIRST.pid in place.alive
+
+    play(place, story)
+    said = capsys.readouterr().err
+    assert f"drill ublkb0: refused: {says}" in said
+    assert "drill ublkb5: refused: no such device is known" in said
+
+
+def test_all_devices_of_a_server_must_be_fit_for_its_drill(place: Place) -> None:
+    class TwoDevices:
+        """A monitor as far as it is asked."""
+
+        def __init__(self, *records: Record) -> None:
+            self._records = records
+
+        def records(self) -> list[Record]:
+            return list(self._records)
+
+        def policy(self, dev_id: int) -> Policy:
+            return Policy(has_spec=dev_id != 2)
+
+    records = [Record(n, "i", phase=Phase.WATCHING, server=FIRST) for n in (0, 1, 2)]
+    other = replace(records[1], server=replace(FIRST, pid=7))
+
+    async def asked(*devices: Record) -> Answer:
+        place.seen = cast("Monitor", TwoDevices(*devices))
+        return await place.desk(place.seen).take(Deed("drill", 0, dry_run=True), PEER)
+
+    both = asyncio.run(asked(*records[:2]))
+    assert both.said == ("the server of ublkb0, ublkb1, process 100, would be killed",)
+    assert asyncio.run(asked(records[0], other)).harm.startswith("the server of ublkb0, process")
+    held = replace(records[1], held=True, held_by="me")
+    assert asyncio.run(asked(records[0], held)).why == "ublkb1: it is held by me; release it first"
+    assert asyncio.run(asked(records[0], records[2])).why.startswith("ublkb2: it is in nobody's")
+    place.uses = Usage(("swapped on",))
+    assert asyncio.run(asked(*records[:2])).why == "it is in use: swapped on"
+
+
+def test_a_drill_of_a_server_that_has_ended_says_so_and_writes_its_report(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report.json"
+
+    async def story() -> None:
+        await until((place.runtime_dir / "records/0.json").exists, "the record is there")
+        place.show()
+        words = ("drill", "0", "--yes", "--report", str(report))
+        assert await place.run(*words) == Exit.FAILED
+
+    play(place, story)
+    told = json.loads(report.read_text())
+    assert (told["schema_version"], told["ok"], told["rounds"]) == (1, False, [])
+    assert told["trouble"] == "its server, process 100, has ended by itself"
+    assert "0 of 3 kills recovered: its server, process 100" in capsys.readouterr().out
+    (entry,) = place.history
+    assert (entry["order"], entry["reason"], entry["result"]) == ("drill", "3 rounds", "taken")

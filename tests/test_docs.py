@@ -67,9 +67,9 @@ def test_the_readmes_configuration_is_one() -> None:
 def test_every_verb_is_in_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
-    verbs = set(re.findall(r"^    ([a-z]+)(?: |$)", capsys.readouterr().out, re.MULTILINE))
+    verbs = set(re.findall(r"^    ([a-z-]+)(?: |$)", capsys.readouterr().out, re.MULTILINE))
     assert {order.value for order in Order} < verbs
-    assert verbs == set(re.findall(r"^    ublkwatch ([a-z]+)", README, re.MULTILINE))
+    assert verbs == set(re.findall(r"^    ublkwatch ([a-z-]+)", README, re.MULTILINE))
 
 
 def test_every_exit_code_is_in_the_readme() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,11 @@ LAYERS: dict[str, set[str]] = {
         *("shared", "timers", "uapi", "verdict"),
     },
     "status": {"model", "uapi"},
+    "finding": set(),
+    "kernels": set(),
+    "wire": {"model"},
+    "prospect": {"care", "events", "model"},
+    "drilling": {"model"},
     "foretell": {"ailing", "model", "orders", "pace", "verdict"},
     "explain": {"foretell", "model", "status", "uapi"},
     "rules": {"care", "model"},
@@ -69,7 +76,10 @@ LAYERS: dict[str, set[str]] = {
     "config": {"model", "rules", "settings", "tables", "trust"},
     "profiles": {"care", "model", "traits"},
     "kept": set(),
-    "admin": {"model"},
+    "admin": {"wire"},
+    "client": {"wire"},
+    "usage": set(),
+    "scratch": set(),
     "metrics": {"", "events", "model", "status", "uapi"},
     "log": {"events", "model", "status"},
     # L3: the shell; its edges come in by Protocol
@@ -85,58 +95,94 @@ LAYERS: dict[str, set[str]] = {
         *("recovery", "starts", "uapi", "unsaved", "who"),
     },
     # L4: composition
-    "library": {"care", "config", "model", "profiles", "rules", "settings", "tables", "trust"},
-    "desk": {"admin", "events", "library", "model", "monitor", "settings", "uapi"},
-    "registering": {"admin", "config", "library", "settings", "store", "tables", "trust"},
     "siting": {"care", "config", "placement"},
-    "daemon": {
-        *("admin", "apart", "armour", "async_ring", "care", "config", "ctrl", "ctrl_worker"),
-        *("desk", "discover", "events", "identity", "kept", "lanes", "launch", "library", "log"),
-        *("metrics", "model", "monitor", "perform", "rules", "server", "settings", "siting"),
-        *("status", "store", "threads", "trust", "uapi"),
+    "driver": {"async_ring", "ctrl", "uapi"},
+    "checking": {
+        *("care", "config", "finding", "identity", "settings", "store", "tables", "trust"),
     },
-    # The command line: a verb knows no other
+    "examined": {
+        *("async_ring", "checking", "client", "config", "ctrl", "discover", "finding", "model"),
+        *("server", "settings", "uapi", "units", "wire"),
+    },
+    "doctor": {"", "driver", "examined", "finding", "kernels", "model", "uapi"},
+    "stopping": {"model", "uapi", "usage", "wire"},
+    "rounds": {"drilling", "model", "server", "store"},
+    "library": {
+        *("care", "config", "model", "profiles", "prospect", "rules", "settings", "tables"),
+        "trust",
+    },
+    "desk": {
+        *("", "admin", "attempt", "config", "drilling", "events", "library", "model", "monitor"),
+        *("orders", "prospect", "recovery", "settings", "stopping", "uapi", "wire"),
+    },
+    "registering": {"config", "library", "settings", "store", "tables", "trust", "wire"},
+    "daemon": {
+        *("admin", "apart", "armour", "care", "config", "ctrl", "ctrl_worker", "desk", "discover"),
+        *("driver", "events", "identity", "kept", "lanes", "launch", "library", "log", "metrics"),
+        *("model", "monitor", "perform", "rules", "server", "settings", "siting", "status"),
+        *("stopping", "store", "threads", "trust", "uapi", "usage", "wire"),
+    },
+    # The command line: a verb knows no other, but for how a wish is brought to the daemon
     "verbs": {"config"},
-    "verbs.ask": {"admin", "config", "model", "registering", "settings", "store", "verbs"},
-    "verbs.run": {"config", "daemon", "siting", "store", "verbs"},
+    "verbs.asking": {"client", "config", "verbs", "wire"},
+    "verbs.order": {"model", "verbs", "verbs.asking", "wire"},
+    "verbs.rules": {
+        *("config", "registering", "settings", "store", "verbs", "verbs.asking", "wire"),
+    },
+    "verbs.stop": {
+        *("client", "config", "ctrl", "ctrl_worker", "driver", "launch", "stopping", "usage"),
+        *("verbs", "verbs.asking", "wire"),
+    },
+    "verbs.drill": {"client", "config", "model", "rounds", "verbs", "verbs.asking", "wire"},
+    "verbs.doctor": {
+        *("", "checking", "client", "config", "ctrl", "doctor", "driver", "examined", "finding"),
+        *("model", "settings", "uapi", "verbs", "wire"),
+    },
+    "verbs.run": {"config", "daemon", "driver", "siting", "store", "verbs"},
     "verbs.show": {"config", "explain", "foretell", "model", "status", "store", "verbs"},
-    "cli": {"", "config", "settings", "verbs", "verbs.ask", "verbs.run", "verbs.show"},
+    "cli": {
+        *("", "config", "settings", "verbs", "verbs.doctor", "verbs.drill", "verbs.order"),
+        *("verbs.rules", "verbs.run", "verbs.show", "verbs.stop"),
+    },
 }
 
 # What acts on the world has one home each.
 HOMES = {
     # The ring's buffers; and mlock and prctl, which no module of Python's has.
     "ctypes": {"armour", "uring"},
-    # The ring; and the shell's files, kept in memory where the gate is a shell.
-    "mmap": {"gate", "uring"},
-    # Servers by fork, behind their gate; workers; operators' commands and the system's tools.
-    "subprocess": {"fork", "gate", "launch", "outside"},
+    # The ring; the shell's files, kept in memory where the gate is a shell; a drill's direct I/O.
+    "mmap": {"gate", "scratch", "uring"},
+    # Servers by fork, behind their gate; workers; operators' commands, the system's tools; a drill.
+    "subprocess": {"fork", "gate", "launch", "outside", "rounds"},
     "threading": {"apart", "armour"},
     "jeepney": {"bus", "units"},
     "psutil": {"server"},
     "pyroute2": {"discover"},
     "sqlite3": {"store"},
     "prometheus_client": {"metrics"},
-    "argparse": {"cli", "verbs", "verbs.ask", "verbs.run", "verbs.show"},
+    "argparse": {
+        *("cli", "verbs", "verbs.asking", "verbs.doctor", "verbs.drill", "verbs.order"),
+        *("verbs.rules", "verbs.run", "verbs.show", "verbs.stop"),
+    },
     "os.pidfd_open": {"server"},
     "signal.pidfd_send_signal": {"server"},
     "os.kill": set(),
     "os.system": set(),
     "os.fork": set(),
     "time.sleep": set(),
-    "time.monotonic": {"verbs.show", "daemon", "desk"},
-    "time.time": {"verbs.show", "desk", "daemon", "status"},
+    "time.monotonic": {"verbs.show", "daemon", "desk", "rounds", "scratch"},
+    "time.time": {"verbs.show", "desk", "daemon", "examined", "rounds", "status"},
     "sys.exit": set(),
 }
 PURE = (
     *("uapi", "model", "care", "events", "settings", "traits", "rules", "tables"),
     *("verdict", "pace", "attempt", "orders", "outage", "timers", "resume", "shared", "deaf"),
     *("recovery", "ailing", "symptoms", "foretell"),
-    "explain",
+    *("explain", "prospect", "drilling", "wire", "finding", "kernels"),
 )
 HARMLESS = {
     *("__future__", "collections", "dataclasses", "enum", "errno", "string", "struct", "typing"),
-    *("difflib", "fnmatch", "re", "types", "ublkwatch"),
+    *("difflib", "fnmatch", "json", "re", "types", "ublkwatch"),
 }
 CEILING = 400
 
@@ -198,6 +244,25 @@ def test_what_acts_has_one_home(what: str, homes: set[str]) -> None:
         if what in names | calls:
             users.add(module)
     assert users == homes
+
+
+@pytest.mark.parametrize("words", ["status", "hold 0", "reload", "stop 0", "version"])
+def test_a_verb_that_only_asks_is_light(tmp_path: Path, words: str) -> None:
+    config = tmp_path / "ublkwatch.toml"
+    config.write_text(f'runtime_dir = "{tmp_path}/none"\nstate_dir = "{tmp_path}/none"\n')
+    arguments = [*words.split(), "--config", str(config)]
+    if words == "stop 0":
+        arguments.append("--help")  # without a daemon it does the work itself
+    script = (
+        "import contextlib, sys\nfrom ublkwatch import cli\n"
+        f"with contextlib.suppress(SystemExit):\n    cli.main({arguments!r})\n"
+        "print(*sys.modules)"
+    )
+    command = [sys.executable, "-c", script]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"asyncio", "ctypes", "jeepney", "prometheus_client", "psutil", "pyroute2", "sqlite3"}
+    assert heavy.isdisjoint(loaded)
+    assert len(loaded) < 250
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -175,7 +175,18 @@ def test_a_new_configuration_takes_the_place_of_the_old_one(store: Store) -> Non
     books.register("ublkb3", TABLE)
     assert found(books, 9).policy.grace_s == 4
     text = b"poll_interval_s = 3\n[metrics]\nport = 1\n[recovery]\ngrace_s = 5\n"
-    assert books.reload(config.parse(text, "t.toml")) == ["poll_interval_s", "metrics"]
+    new, known = config.parse(text, "t.toml"), [(replace(INFO, dev_id=9), ORIGIN), (INFO, ORIGIN)]
+    was, is_now = (dict(each.metrics) for each in (books.settings, new))
+    changes = [
+        f"metrics: {was} -> {is_now}, when ublkwatch is restarted",
+        "poll_interval_s: 1.0 -> 3.0, when ublkwatch is restarted",
+        "recovery.grace_s: 4 -> 5",
+        "ublkb9: no rule any more (t.toml: device[1])",
+        "ublkb9: its care: t.toml: device[1] -> nobody",
+    ]
+    assert list(books.changes(new, books.registered(), known)) == changes
+    assert found(books, 9).policy.grace_s == 4, "it only looked"
+    books.reload(new)
     assert isinstance(books.find(replace(INFO, dev_id=9), ORIGIN), Unmanaged)
     assert found(books).policy.grace_s == 5
-    assert books.reload(config.parse(text, "t.toml")) == []
+    assert list(books.changes(new, books.registered(), known)) == []

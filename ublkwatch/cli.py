@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ublkwatch import __version__, config
 from ublkwatch.settings import ConfigError
-from ublkwatch.verbs import Exit, ask, dev_id_of, run, say, show
+from ublkwatch.verbs import Exit, dev_id_of, doctor, drill, order, rules, run, say, show, stop
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,24 +27,28 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     """Understand a command line; what follows `--` in `register` is the server's own."""
     cut = argv.index("--") if argv[:1] == ["register"] and "--" in argv else len(argv)
-    arguments = _parser().parse_args(argv[:cut])
+    arguments = parser().parse_args(argv[:cut])
     arguments.command = argv[cut + 1 :]
     return arguments
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the whole command line: the manual and the completions are made from it, too."""
+    whole = argparse.ArgumentParser(
         prog="ublkwatch", description="Keeps userspace block devices (ublk) alive."
     )
-    parser.add_argument("--version", action="version", version=f"ublkwatch {__version__}")
+    whole.add_argument("--version", action="version", version=f"ublkwatch {__version__}")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
         "--config", type=Path, metavar="FILE", help=f"default: {config.DEFAULT_PATH}"
     )
     device = argparse.ArgumentParser(add_help=False)
     device.add_argument("dev_id", type=dev_id_of, metavar="DEV", help="N, ublkbN or /dev/ublkbN")
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs = whole.add_subparsers(required=True, metavar="VERB")
     run.add(verbs, shared)
     show.add(verbs, shared, device)
-    ask.add(verbs, shared, device)
-    return parser
+    rules.add(verbs, shared)
+    for each in (order, stop, drill):
+        each.add(verbs, shared, device)
+    doctor.add(verbs, shared)
+    return whole

@@ -15,7 +15,16 @@ from typing import Any
 from ublkwatch import tables, trust
 from ublkwatch.model import Policy
 from ublkwatch.rules import Rule
-from ublkwatch.settings import METRICS, RECOVERY, TOP, ConfigError, check
+from ublkwatch.settings import (
+    DEVICE,
+    METRICS,
+    RECOVERY,
+    SERVER,
+    TOP,
+    ConfigError,
+    check,
+    complaints,
+)
 from ublkwatch.tables import policy_of
 
 DEFAULT_PATH = Path("/etc/ublkwatch/ublkwatch.toml")
@@ -38,6 +47,7 @@ class Config:
     starts_at_once: int
     lock_memory: bool = True
     placement: str = "refuse"
+    admin_group: str = ""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     policy: Policy = _DEFAULT  # of a device that has no care; the generation is the kernel's to say
     rules: tuple[Rule, ...] = ()
@@ -46,20 +56,53 @@ class Config:
 
 def load(path: Path | None = None) -> Config:
     """Read the file (the default one may be missing: then all is default); ConfigError if bad."""
+    return parse(read(path), str(path or DEFAULT_PATH))
+
+
+def read(path: Path | None = None) -> bytes:
+    """Return the file's content, if root alone can have written it; ConfigError."""
     given = path or DEFAULT_PATH
     try:
-        content = _read_trusted(given)
+        return _read_trusted(given)
     except FileNotFoundError:
         if path is not None:
             raise ConfigError(f"{given}: there is no such file") from None
-        content = b""
+        return b""
     except OSError as error:
         raise ConfigError(f"{given}: {error.strerror}") from error
-    return parse(content, str(given))
 
 
-def parse(content: bytes, name: str) -> Config:
-    """Check a configuration's text; ``name`` is what its errors call it."""
+def problems(content: bytes, name: str) -> list[ConfigError]:
+    """Return all that is wrong with a configuration's text, where parse() stops at the first."""
+    try:
+        document = _document(content, name)
+    except ConfigError as error:
+        return [error]
+    top = {key: value for key, value in document.items() if key not in _TABLES}
+    shared = document.get("recovery", {})
+    found = [*complaints(top, TOP, name, "", tuple(_TABLES))]
+    found += complaints(document.get("metrics", {}), METRICS, name, "metrics.")
+    of_all = [*complaints(shared, RECOVERY, name, "recovery.")]
+    for kind, keys in (("device", DEVICE), ("server", SERVER)):
+        for number, table in enumerate(document.get(kind, []), 1):
+            where = f"{kind}[{number}]."
+            bad = isinstance(table, dict) and [*complaints(table, keys | RECOVERY, name, where)]
+            if bad:
+                found += bad
+                continue
+            try:
+                _rule(table, {} if of_all else shared, name, where)
+            except ConfigError as error:
+                found.append(error)
+    if not (found := found + of_all):
+        try:
+            parse(content, name)
+        except ConfigError as error:
+            return [error]
+    return found
+
+
+def _document(content: bytes, name: str) -> dict[str, Any]:
     try:
         document = tomllib.loads(content.decode())
     except ValueError as error:  # not UTF-8, not TOML, or a number longer than Python reads
@@ -68,6 +111,12 @@ def parse(content: bytes, name: str) -> Config:
         if not isinstance(document.get(key, kind()), kind):
             form = f"[[{key}]]" if kind is list else f"[{key}]"
             raise ConfigError(f"{name}: {key}: must be a table, written {form}")
+    return document
+
+
+def parse(content: bytes, name: str) -> Config:
+    """Check a configuration's text; ``name`` is what its errors call it."""
+    document = _document(content, name)
     top = {key: value for key, value in document.items() if key not in _TABLES}
     values = check(top, TOP, name, "", also=tuple(_TABLES))
     shared = document.get("recovery", {})
@@ -81,6 +130,7 @@ def parse(content: bytes, name: str) -> Config:
         starts_at_once=values["starts_at_once"],
         lock_memory=values["lock_memory"],
         placement=values["placement"],
+        admin_group=values["admin_group"],
         metrics=check(document.get("metrics", {}), METRICS, name, "metrics."),
         policy=policy_of(check(shared, RECOVERY, name, "recovery.")),
         rules=_rules(document, shared, name),
@@ -93,13 +143,18 @@ def _rules(document: dict[str, Any], shared: Mapping[str, Any], name: str) -> tu
     for kind in ("device", "server"):
         for number, table in enumerate(document.get(kind, []), 1):
             where = f"{kind}[{number}]"
-            if not isinstance(table, dict):
-                raise ConfigError(f"{name}: {where}: must be a table, written [[{kind}]]")
-            rule = tables.rule(table, shared, name, f"{where}.")
+            rule = _rule(table, shared, name, f"{where}.")
             if rule.match.dev_id is not None and rule.match in [other.match for other in rules]:
                 raise ConfigError(f"{name}: {where}.dev_id: {rule.match.dev_id} is given twice")
             rules.append(rule)
     return tuple(rules)
+
+
+def _rule(table: Any, shared: Mapping[str, Any], name: str, where: str) -> Rule:
+    if not isinstance(table, dict):
+        kind = where.partition("[")[0]
+        raise ConfigError(f"{name}: {where[:-1]}: must be a table, written [[{kind}]]")
+    return tables.rule(table, shared, name, where)
 
 
 def _words(value: list[Any], name: str, key: str) -> tuple[str, ...]:

@@ -137,6 +137,10 @@ class UblkCtrl:
         """Remove the disk; sleeps, holding the device's mutex, while a server sits on requests."""
         await self._run(Cmd.STOP_DEV, dev_id, timeout_s=timeout_s)
 
+    async def try_stop_dev(self, dev_id: int, *, timeout_s: float = 60) -> None:
+        """As stop_dev(), but EBUSY while somebody has the disk open (Linux 7.0)."""
+        await self._run(Cmd.TRY_STOP_DEV, dev_id, timeout_s=timeout_s)
+
     async def del_dev(self, dev_id: int, *, timeout_s: float = 60) -> None:
         """Delete the device; sleeps until nobody has it open. Never sent by the supervisor."""
         await self._run(Cmd.DEL_DEV, dev_id, timeout_s=timeout_s)

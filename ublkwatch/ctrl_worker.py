@@ -235,6 +235,8 @@ class _Worker:
                 await self._end(dev_id, request["pid"], cancelled)
             case "STOP_DEV":
                 await self._ctrl.stop_dev(dev_id, timeout_s=timeout_s)
+            case "TRY_STOP_DEV":
+                await self._ctrl.try_stop_dev(dev_id, timeout_s=timeout_s)
             case unknown:
                 raise CtrlError(errno.EOPNOTSUPP, unknown, dev_id)
         return {}

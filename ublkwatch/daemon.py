@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
+import grp
 import json
 import logging
 import os
@@ -15,15 +15,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ublkwatch import admin, discover, log, server, status, threads
+from ublkwatch import admin, discover, log, server, status, threads, wire
 from ublkwatch.apart import Apart
 from ublkwatch.armour import Armour
-from ublkwatch.async_ring import AsyncRing
 from ublkwatch.care import Care, Origin
 from ublkwatch.config import Config
-from ublkwatch.ctrl import CtrlError, UblkCtrl
+from ublkwatch.ctrl import UblkCtrl
 from ublkwatch.ctrl_worker import Workers
 from ublkwatch.desk import Desk
+from ublkwatch.driver import UnavailableError, ask_features, open_ring
 from ublkwatch.events import Transition
 from ublkwatch.identity import Judge, UserError
 from ublkwatch.kept import Kept
@@ -37,26 +37,18 @@ from ublkwatch.perform import Edges, Threads
 from ublkwatch.rules import Unmanaged
 from ublkwatch.settings import ConfigError
 from ublkwatch.siting import Siting
+from ublkwatch.stopping import Stopper
 from ublkwatch.store import Store
 from ublkwatch.trust import check_executable
 from ublkwatch.uapi import DevFlags
+from ublkwatch.usage import usage
 
 _log = logging.getLogger("ublkwatch")
 
-_RING_ENTRIES = 256
 _STATUS_INTERVAL_S = 0.2
 _HISTORY_PENDING_MAX = 1000
 _UEVENTS_RETRY_S = 10.0
 _DRAIN_S = 10.0
-
-
-class UnavailableError(Exception):
-    """Something that the daemon cannot do without is missing; says what, and the way out."""
-
-    def __init__(self, message: str, *, permission: bool = False) -> None:
-        """``permission``: it is there, but not for us."""
-        super().__init__(message)
-        self.permission = permission
 
 
 class Daemon:
@@ -83,15 +75,16 @@ class Daemon:
         self._armour = Armour()
         self._judge = Judge()
         self._siting = Siting()
+        self._reloads: set[asyncio.Task[wire.Answer]] = set()
 
     async def run(self, stop: asyncio.Event, *, verbose: bool) -> None:
         """Watch until ``stop``; UnavailableError where that is impossible here."""
         self._armour.put_on()  # first: every thread and every child has it by birth
         asyncio.get_running_loop().set_default_executor(Apart())
-        ring = _open_ring()
+        ring = open_ring()
         try:
             ctrl = UblkCtrl(ring)
-            features = await _ask_features(ctrl)
+            features = await ask_features(ctrl)
             lines = log.Log(logging.DEBUG if verbose else logging.INFO)
             try:
                 await self._watch(ctrl, features, stop)
@@ -144,8 +137,10 @@ class Daemon:
         )
         self._metrics = Metrics(self._monitor.records, lambda: workers.retired)
         page = Page(self._metrics)
-        desk = Desk(self._monitor, self._library, self.reload, self._remember)
-        door = admin.Admin(self._settings.runtime_dir, desk.take)
+        stopper = Stopper(ctrl, workers, features, usage)
+        self._desk = Desk(self._monitor, self._library, self._load, stopper, self._remember)
+        group = _group(settings.admin_group)
+        door = admin.Admin(settings.runtime_dir, self._desk.take, group=group)
         try:
             await _prepare(workers)
             await launcher.prepare()
@@ -185,18 +180,11 @@ class Daemon:
             _log.warning("the end of the history is not written: does its file system hang?")
         _log.info("stopped; the servers live on")
 
-    def reload(self) -> str:
-        """Read the configuration anew; return why it was not taken: then the old one goes on."""
-        try:
-            settings = self._load()
-        except ConfigError as error:
-            _log.error("configuration not reloaded, the old one goes on: %s", error)
-            return str(error)
-        late = self._library.reload(settings)
-        self._monitor.reconsider()
-        hint = f"; takes effect when ublkwatch is restarted: {', '.join(late)}" if late else ""
-        _log.info("configuration reloaded%s", hint)
-        return ""
+    def reload(self) -> None:
+        """Read the configuration anew, as SIGHUP asks for."""
+        task = asyncio.get_running_loop().create_task(self._desk.reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
 
     async def _find_care(self, info: DevInfo, origin: Origin | None) -> Care | Unmanaged:
         # In a thread: profiles and rules look at files, whose file system may hang.
@@ -320,25 +308,18 @@ class Daemon:
         try:
             await door.start()
         except OSError as error:
-            path = self._settings.runtime_dir / admin.NAME
+            path = self._settings.runtime_dir / wire.NAME
             raise UnavailableError(f"{path}: {error}; choose another runtime_dir") from error
 
 
-def _open_ring() -> AsyncRing:
+def _group(name: str) -> int | None:
+    """Return the number of the group that may give orders; ConfigError where there is none."""
     try:
-        return AsyncRing(_RING_ENTRIES)
-    except OSError as error:
-        if error.errno == errno.EPERM:
-            raise UnavailableError(
-                "io_uring is forbidden here; try: sysctl kernel.io_uring_disabled=0, and in a "
-                "container a seccomp profile that allows io_uring_setup"
-            ) from error
-        if error.errno == errno.ENOSYS:
-            raise UnavailableError(
-                "there is no io_uring here: the kernel lacks it, or the container's seccomp "
-                "profile hides it"
-            ) from error
-        raise UnavailableError(f"io_uring: {error.strerror}") from error
+        return grp.getgrnam(name).gr_gid if name else None
+    except KeyError:
+        raise ConfigError(
+            f"admin_group: there is no group {name!r} on this machine; create it, or leave it out"
+        ) from None
 
 
 async def _prepare(workers: Workers) -> None:
@@ -346,18 +327,6 @@ async def _prepare(workers: Workers) -> None:
         await workers.prepare()
     except OSError as error:
         raise UnavailableError(f"{error.strerror}; its own words are above, if any") from error
-
-
-async def _ask_features(ctrl: UblkCtrl) -> DevFlags | None:
-    try:
-        return await ctrl.get_features()
-    except CtrlError as error:
-        if error.errno == errno.EPERM:
-            raise UnavailableError(str(error), permission=True) from error
-        return None  # Linux before 6.5
-    except OSError as error:
-        denied = error.errno in (errno.EACCES, errno.EPERM)
-        raise UnavailableError(str(error.strerror), permission=denied) from error
 
 
 def _history_entry(transition: Transition) -> dict[str, Any]:

@@ -7,26 +7,29 @@ nothing, and says why.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from ublkwatch import profiles, tables
+from ublkwatch import profiles, prospect, tables
 from ublkwatch.care import Care, Origin
 from ublkwatch.config import Config
 from ublkwatch.model import DevInfo, Generation, Reason
-from ublkwatch.rules import Book, Profiles, Rule, Unmanaged, ordered
+from ublkwatch.rules import Book, Match, Profiles, Rule, Unmanaged, ordered
 from ublkwatch.settings import ConfigError
 from ublkwatch.trust import TrustError, check_executable, open_trusted
 
 _log = logging.getLogger("ublkwatch")
 
 # What takes effect when ublkwatch is started the next time.
-_FIXED = (
-    *("runtime_dir", "state_dir", "poll_interval_s", "launcher", "starts_at_once", "metrics"),
-    *("lock_memory", "placement"),
+_FIXED = frozenset(
+    {"runtime_dir", "state_dir", "poll_interval_s", "launcher", "starts_at_once", "metrics"}
+    | {"admin_group", "lock_memory", "placement"}
 )
+_AT_ONCE = ("profiles", "ignore")
+# A device that is known, and what its server is or was.
+Known = tuple[DevInfo, Origin | None]
 
 
 class Store(Protocol):
@@ -60,9 +63,11 @@ class Library:
         self._tables = store.load_registrations()
         self._install(settings)
 
-    def find(self, info: DevInfo, origin: Origin | None) -> Care | Unmanaged:
-        """Return a device's care, or why it has none."""
-        found = self._book.find(info, origin)
+    def find(
+        self, info: DevInfo, origin: Origin | None, book: Book | None = None
+    ) -> Care | Unmanaged:
+        """Return a device's care, or why it has none; ``book`` is for who only wonders."""
+        found = (book or self._book).find(info, origin)
         if isinstance(found, Unmanaged):
             return found
         try:  # said now, and not when the server is lost; what is missing may come yet
@@ -73,21 +78,45 @@ class Library:
             _log.warning("ublk %d: its server cannot be started just now: %s", info.dev_id, error)
         return replace(found, policy=replace(found.policy, generation=self._generation))
 
-    def reload(self, settings: Config) -> list[str]:
-        """Take a new configuration; return the keys that a restart is needed for."""
-        old = self.settings
+    def reload(self, settings: Config) -> None:
+        """Take a new configuration."""
         self._install(settings)
-        return [key for key in _FIXED if getattr(settings, key) != getattr(old, key)]
+
+    def changes(
+        self, settings: Config, tables: Mapping[str, Any], known: Iterable[Known]
+    ) -> Iterator[str]:
+        """Say what another configuration, and other registrations, would change; it looks only."""
+        old = self.settings
+        for key in (*sorted(_FIXED), *_AT_ONCE):
+            was, is_now = getattr(old, key), getattr(settings, key)
+            if was != is_now:
+                late = ", when ublkwatch is restarted" if key in _FIXED else ""
+                yield f"{key}: {was} -> {is_now}{late}"
+        shared = prospect.of_policy(old.policy, settings.policy)
+        yield from (f"recovery.{text}" for text in shared.values())
+        rules, book = _by_match(self._book.rules), self._bind(settings, tables)
+        others = _by_match(book.rules)
+        for match in dict.fromkeys((*rules, *others)):
+            if match not in others:
+                yield f"{match}: no rule any more ({rules[match].source})"
+            elif match not in rules:
+                yield f"{match}: a new rule ({others[match].source})"
+            else:
+                for text in prospect.of_care(rules[match], others[match], set(shared)):
+                    yield f"{match}: {text}"
+        for info, origin in known:
+            before, after = self.find(info, origin), self.find(info, origin, book)
+            if before != after and _whose(before) != _whose(after):
+                yield f"ublkb{info.dev_id}: its care: {_whose(before)} -> {_whose(after)}"
 
     def registered(self) -> dict[str, dict[str, Any]]:
         """Return the tables that operators have registered, by name."""
         return dict(self._tables)
 
-    def register(self, name: str, table: Mapping[str, Any]) -> Rule:
-        """Add a table, in the place of one of this name, and keep it.
+    def judge(self, name: str, table: Mapping[str, Any]) -> Rule:
+        """Return the rule that a table would be, registered under this name.
 
-        ConfigError: it is wrong, or would never be asked. OSError: it could not be kept, or what it
-        runs is not root's own.
+        ConfigError: it is wrong, or would never be asked. OSError: what it runs is not root's own.
         """
         rule = _rule(name, table, self.settings.shared)
         for other in self.settings.rules:
@@ -102,6 +131,14 @@ class Library:
                 f"ublkb{rule.match.dev_id} is registered as {before[0]} already; unregister that"
             )
         self._judge(rule.care)
+        return rule
+
+    def register(self, name: str, table: Mapping[str, Any]) -> Rule:
+        """Add a table, in the place of one of this name, and keep it.
+
+        Errors as of judge(); OSError, too, where it could not be kept.
+        """
+        rule = self.judge(name, table)
         self._store.save_registration(name, table)
         self._tables[name] = dict(table)
         self._install(self.settings)
@@ -121,19 +158,21 @@ class Library:
         return [name for name, table in self._tables.items() if table.get("dev_id") == dev_id]
 
     def _judge(self, care: Care) -> None:
-        for words in (care.command, care.hook, care.decider):
-            if words:
-                self._check(Path(words[0]))
+        for program in care.programs:
+            self._check(Path(program))
 
     def _install(self, settings: Config) -> None:
+        self._book = self._bind(settings, self._tables)
+        self.settings = settings
+
+    def _bind(self, settings: Config, tables: Mapping[str, Any]) -> Book:
         rules = list(settings.rules)
-        for name, table in sorted(self._tables.items()):  # after a restart, too
+        for name, table in sorted(tables.items()):  # after a restart, too
             try:
                 rules.append(_rule(name, table, settings.shared))
             except ConfigError as error:
                 _log.error("%s; this registration is not used, `ublkwatch register` it anew", error)
-        self.settings = settings
-        self._book = Book(ordered(rules), self._known(settings))
+        return Book(ordered(rules), self._known(settings))
 
 
 def declared_threads(info: DevInfo) -> tuple[int, ...]:
@@ -165,6 +204,18 @@ def known_servers(settings: Config) -> Profiles:
             return Unmanaged(Reason.NO_SPEC, str(error))
 
     return judge
+
+
+def _by_match(rules: Iterable[Rule]) -> dict[Match, Care]:
+    """Return the cares by what they are for; of two for the same devices the first one counts."""
+    found: dict[Match, Care] = {}
+    for rule in rules:
+        found.setdefault(rule.match, rule.care)
+    return found
+
+
+def _whose(care: Care | Unmanaged) -> str:
+    return "nobody" if isinstance(care, Unmanaged) else care.source
 
 
 def _rule(name: str, table: Mapping[str, Any], shared: Mapping[str, Any]) -> Rule:

@@ -9,23 +9,25 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-from ublkwatch import admin, tables
+from ublkwatch import tables
 from ublkwatch.config import Config
 from ublkwatch.library import Library
 from ublkwatch.settings import CARE, MATCHES, OPTIONS, RECOVERY, ConfigError
-from ublkwatch.store import Store
+from ublkwatch.store import Store, read_registrations
 from ublkwatch.trust import check_executable
+from ublkwatch.wire import Answer, Change, RequestError, parse
 
 
-def change_of(arguments: Any) -> admin.Change:
+def change_of(arguments: Any) -> Change:
     """Return what `register` asks for; ConfigError names the option that is wrong."""
     table = _table(arguments)
     name = arguments.name or (f"ublkb{arguments.dev_id}" if "dev_id" in table else "")
     if not name:
         raise ConfigError("--name: is missing; a rule for many devices needs one")
-    return admin.Change("register", name, table, arguments.reason)
+    return Change("register", name, table, arguments.reason, arguments.dry_run)
 
 
 def _table(arguments: Any) -> dict[str, Any]:
@@ -78,25 +80,59 @@ def _split(text: str, option: str) -> tuple[str, str]:
     return key, value
 
 
-def offline(settings: Config, change: admin.Change) -> str:
-    """Change what is kept while no daemon runs; return why that is refused, or "".
+class _Shelf:
+    """What is registered, for who only wonders: nothing is kept."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = state_dir
+
+    def load_registrations(self) -> dict[str, dict[str, Any]]:
+        return read_registrations(self._state_dir)
+
+    def save_registration(self, name: str, table: Mapping[str, Any]) -> None:
+        raise NotImplementedError
+
+    def drop_registration(self, name: str) -> None:
+        raise NotImplementedError
+
+
+def offline(settings: Config, change: Change) -> Answer:
+    """Change what is kept while no daemon runs; return what became of it.
 
     StoreError: the directories cannot be used. ConfigError, OSError: as Library.register() says.
     """
     try:
-        admin.parse(change.line())  # as if it were asked over the socket
-    except admin.RequestError as error:
-        return str(error)
+        parse(change.line())  # as if it were asked over the socket
+    except RequestError as error:
+        return Answer(str(error))
+    if change.dry_run:
+        return _apply(_library(settings, _Shelf(settings.state_dir)), change)
     store = Store(settings.runtime_dir, settings.state_dir)
     try:
-        library = Library(settings, store, lambda _: lambda _info, _origin: None, check_executable)
-        if change.verb == "register":
-            library.register(change.name, change.table)
-        elif not library.unregister(change.name):
-            return f"{change.name}: nothing is registered by this name"
+        return _apply(_library(settings, store), change)
     finally:
         store.close()
-    return ""
+
+
+def _library(settings: Config, store: Store | _Shelf) -> Library:
+    return Library(settings, store, lambda _: lambda _info, _origin: None, check_executable)
+
+
+def _apply(library: Library, change: Change) -> Answer:
+    tables = library.registered()
+    if change.verb == "register":
+        library.judge(change.name, change.table)
+        tables[change.name] = dict(change.table)
+    elif tables.pop(change.name, None) is None:
+        return Answer(f"{change.name}: nothing is registered by this name")
+    said = tuple(library.changes(library.settings, tables, ()))
+    if change.dry_run:
+        return Answer("", said)
+    if change.verb == "register":
+        library.register(change.name, change.table)
+    else:
+        library.unregister(change.name)
+    return Answer("", said)
 
 
 def listing(registered: Mapping[str, Mapping[str, Any]], *, as_json: bool) -> str:

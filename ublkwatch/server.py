@@ -97,22 +97,8 @@ class Servers:
         self._nodes = Together(self._look_for_nodes)
 
     def identify(self, pid: int) -> ServerId | None:
-        """Return who ``pid`` is now, or None where there is no such process or it has ended.
-
-        A number of 1 or less is nobody: DEAD devices say -1, and Linux before 6.17 stores whatever
-        number a server inside a pid namespace thought it had.
-        """
-        if pid <= 1:
-            return None
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError:
-            return None
-        try:
-            ticks = _start_ticks(pid)
-            return None if ticks is None or _ended(pidfd) else ServerId(pid, ticks, self._boot_id)
-        finally:
-            os.close(pidfd)
+        """Return who ``pid`` is now, or None where there is no such process or it has ended."""
+        return identify(pid, self._boot_id)
 
     def watch(self, server: ServerId) -> None:
         """Report its end; at once, if it has ended already or its pid is somebody else's."""
@@ -181,20 +167,10 @@ class Servers:
         return False, f"{node} is held by process {names}"
 
     async def _look_for_tags(self) -> dict[str, list[ServerId]]:
-        return await self._loop.run_in_executor(self._searches, self._all_tagged)
+        return await self._loop.run_in_executor(self._searches, tagged, self._boot_id)
 
     async def _look_for_nodes(self) -> dict[str, set[int]]:
-        return await self._loop.run_in_executor(self._searches, _open_nodes)
-
-    def _all_tagged(self) -> dict[str, list[ServerId]]:
-        found: dict[str, list[ServerId]] = {}
-        for process in psutil.process_iter():
-            # Identified first: should the pid be reused in between, kill() finds nobody.
-            server = self.identify(process.pid)
-            with contextlib.suppress(psutil.Error, OSError):
-                if server and (tag := process.environ().get(TAG_VARIABLE)):
-                    found.setdefault(tag, []).append(server)
-        return found
+        return await self._loop.run_in_executor(self._searches, open_nodes)
 
     def close(self) -> None:
         """Stop watching; the processes live on."""
@@ -226,12 +202,60 @@ class Servers:
         self._report(server)
 
 
+def identify(pid: int, boot_id: str) -> ServerId | None:
+    """Return who ``pid`` is now, or None where there is no such process or it has ended.
+
+    A number of 1 or less is nobody: DEAD devices say -1, and Linux before 6.17 stores whatever
+    number a server inside a pid namespace thought it had.
+    """
+    if pid <= 1:
+        return None
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return None
+    try:
+        ticks = _start_ticks(pid)
+        return None if ticks is None or _ended(pidfd) else ServerId(pid, ticks, boot_id)
+    finally:
+        os.close(pidfd)
+
+
+def tagged(boot_id: str) -> dict[str, list[ServerId]]:
+    """Return all processes of attempts that may be looked at, by the attempt's tag; slow."""
+    found: dict[str, list[ServerId]] = {}
+    for process in psutil.process_iter():
+        # Identified first: should the pid be reused in between, kill() finds nobody.
+        server = identify(process.pid, boot_id)
+        with contextlib.suppress(psutil.Error, OSError):
+            if server and (tag := process.environ().get(TAG_VARIABLE)):
+                found.setdefault(tag, []).append(server)
+    return found
+
+
+def end(server: ServerId) -> bool:
+    """SIGKILL a process, if it still is the one that is meant; tell whether it was."""
+    try:
+        pidfd = os.pidfd_open(server.pid)
+    except OSError:
+        return False
+    try:
+        if server.boot_id != read_boot_id() or _start_ticks(server.pid) != server.start_ticks:
+            return False
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(pidfd)
+    return True
+
+
 def holds(pid: int, node: str) -> bool:
     """Tell whether the process has that device node open, without touching the node."""
     return node in _files(pid)
 
 
-def _open_nodes() -> dict[str, set[int]]:
+def open_nodes() -> dict[str, set[int]]:
     """Return which processes have which character device of ublk open."""
     found: dict[str, set[int]] = {}
     for entry in os.listdir("/proc"):  # noqa: PTH208 - thousands of files: objects take too long

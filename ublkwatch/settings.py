@@ -7,6 +7,7 @@ names the file, the key and the way out.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -50,6 +51,7 @@ TOP = {
     "runtime_dir": Key(str, "/run/ublkwatch", "records, status, attempts; on a tmpfs"),
     "state_dir": Key(str, "/var/lib/ublkwatch", "specs and history; never on a watched device"),
     "launcher": Key(str, "auto", "who starts servers", choices=("auto", "systemd", "fork")),
+    "admin_group": Key(str, "", "the group that may give orders, too; none: root alone"),
     "profiles": Key(bool, True, "take care of known servers that nothing else names"),
     "ignore": Key(list, [], "systemd units whose servers somebody else restarts; * for any part"),
     "starts_at_once": Key(int, 0, "servers started at once; 0: 4 for each CPU", 0, 64),
@@ -183,11 +185,25 @@ LIMITS = frozenset(
 def check(
     table: dict[str, Any], keys: dict[str, Key], name: str, where: str, also: tuple[str, ...] = ()
 ) -> dict[str, Any]:
+    """Return the values of all keys, the defaults for those that are not given; ConfigError."""
+    for error in complaints(table, keys, name, where, also):
+        raise error
+    return {key: _value(table, key, keys[key], f"{name}: {where}{key}") for key in keys}
+
+
+def complaints(
+    table: dict[str, Any], keys: dict[str, Key], name: str, where: str, also: tuple[str, ...] = ()
+) -> Iterator[ConfigError]:
+    """Yield all that is wrong with a table, key by key."""
     for unknown in table.keys() - keys.keys():
         near = difflib.get_close_matches(unknown, [*keys, *also], 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join([*keys, *also])}"
-        raise ConfigError(f"{name}: {where}{unknown}: unknown key; {hint}")
-    return {key: _value(table, key, keys[key], f"{name}: {where}{key}") for key in keys}
+        yield ConfigError(f"{name}: {where}{unknown}: unknown key; {hint}")
+    for key, declared in keys.items():
+        try:
+            _value(table, key, declared, f"{name}: {where}{key}")
+        except ConfigError as error:
+            yield error
 
 
 def _value(table: dict[str, Any], key: str, declared: Key, where: str) -> Any:

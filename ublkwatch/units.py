@@ -64,6 +64,11 @@ class UnitStarter:
                          member="JobRemoved", path=_MANAGER.object_path)  # fmt: skip
         await self._bus.connect([(_MANAGER, "Subscribe")], jobs)
 
+    async def version(self) -> str:
+        """Ask systemd which one it is; OSError if it does not answer."""
+        await self.connect()
+        return str((await self._bus.properties(_MANAGER, _MANAGER.interface))["Version"])
+
     async def start(
         self, tag: str, home: Path, job: Job, identity: Identity, environment: dict[str, str]
     ) -> int:

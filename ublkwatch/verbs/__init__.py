@@ -14,6 +14,7 @@ from typing import Any
 
 from ublkwatch.config import Config
 
+_CAP_SYS_ADMIN = 21
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -25,7 +26,7 @@ class Exit(IntEnum):
     USAGE = 2  # the command line
     NOT_RUNNING = 3  # ublkwatch is not running
     REFUSED = 4  # an order was refused, or there is no such device
-    UNHEALTHY = 5  # status: a device is neither watched nor observed
+    UNHEALTHY = 5  # status: a device is neither watched nor observed; doctor: something is bad
     UNAVAILABLE = 69  # no /dev/ublk-control, or io_uring is disabled (EX_UNAVAILABLE)
     STATE = 73  # a directory cannot be written, is in use, or is on a ublk device (EX_CANTCREAT)
     NO_PERMISSION = 77  # no CAP_SYS_ADMIN, or not root (EX_NOPERM)
@@ -75,4 +76,12 @@ def locked(path: Path) -> bool:
         return True
     finally:
         os.close(lock)
+    return False
+
+
+def may_administer() -> bool:
+    """Root in a container may lack the capability: it is what the kernel asks for, not the uid."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
     return False

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import signal
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ublkwatch import config
 from ublkwatch.config import Config
-from ublkwatch.verbs import Exit, say
+from ublkwatch.verbs import Exit, may_administer, say
 
 if TYPE_CHECKING:  # imported late, see _run()
     from ublkwatch.store import Store
-
-_CAP_SYS_ADMIN = 21
 
 
 def add(verbs: Any, shared: argparse.ArgumentParser) -> None:
@@ -28,12 +24,14 @@ def add(verbs: Any, shared: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     # Late, like the edges that it composes: `ublkwatch status` must not pay for any of these.
-    from ublkwatch.daemon import UnavailableError  # noqa: PLC0415
+    import asyncio  # noqa: PLC0415
+
+    from ublkwatch.driver import UnavailableError  # noqa: PLC0415
     from ublkwatch.siting import PlacementError, check_own  # noqa: PLC0415
     from ublkwatch.store import Store, StoreError, lock_host  # noqa: PLC0415
 
     settings = config.load(arguments.config)
-    if not _may_administer():
+    if not may_administer():
         return say(Exit.NO_PERMISSION, "no CAP_SYS_ADMIN, which ublk's commands need; run as root")
     try:
         check_own(settings, arguments.config or config.DEFAULT_PATH)
@@ -52,15 +50,9 @@ def _run(arguments: argparse.Namespace) -> int:
     return Exit.OK
 
 
-def _may_administer() -> bool:
-    """Root in a container may lack the capability: it is what the kernel asks for, not the uid."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
-    return False
-
-
 async def _daemon(settings: Config, store: Store, arguments: argparse.Namespace) -> None:
+    import asyncio  # noqa: PLC0415 - see _run()
+
     from ublkwatch.daemon import Daemon  # noqa: PLC0415 - see _run()
 
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
