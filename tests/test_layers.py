@@ -85,7 +85,7 @@ LAYERS: dict[str, set[str]] = {
     "registering": {"admin", "config", "library", "settings", "store", "tables", "trust"},
     "daemon": {
         *("admin", "async_ring", "care", "config", "ctrl", "ctrl_worker", "desk", "discover"),
-        *("events", "kept", "lanes", "launch", "library", "log", "metrics", "model", "monitor"),
+        *("events", "fork", "kept", "lanes", "launch", "library", "log", "metrics", "model", "monitor"),
         *("perform", "rules", "server", "settings", "status", "store", "threads", "trust", "uapi"),
     },
     # The command line: a verb knows no other

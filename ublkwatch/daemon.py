@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ublkwatch import admin, discover, log, server, status, threads
+from ublkwatch import admin, discover, fork, log, server, status, threads
 from ublkwatch.async_ring import AsyncRing
 from ublkwatch.care import Care, Origin
 from ublkwatch.config import Config
@@ -28,7 +28,7 @@ from ublkwatch.lanes import Lanes
 from ublkwatch.launch import Launcher, start_worker
 from ublkwatch.library import Library, declared_threads, known_servers
 from ublkwatch.metrics import Metrics, Page
-from ublkwatch.model import DevInfo, Generation, Phase, Reason, ServerId
+from ublkwatch.model import UNKNOWN, DevInfo, Generation, Phase, Reason, ServerId
 from ublkwatch.monitor import Monitor
 from ublkwatch.perform import Edges, Threads
 from ublkwatch.rules import Unmanaged
@@ -183,8 +183,8 @@ class Daemon:
 
     # --- news from the edges ---------------------------------------------------------------------
 
-    def _server_exited(self, process: ServerId) -> None:
-        self._monitor.server_exited(process)
+    def _server_exited(self, process: ServerId, status: int | None) -> None:
+        self._monitor.server_exited(process, UNKNOWN if status is None else fork.how(status)[0])
 
     def _look(self) -> None:
         self._monitor.look()

@@ -23,6 +23,7 @@ from ublkwatch.model import (
     Ailment,
     Armed,
     Illness,
+    Loss,
     Phase,
     QueueConfig,
     Reason,
@@ -262,6 +263,7 @@ def _decode_record(content: dict[str, Any], version: int) -> Record:
             "server": ServerId(**content["server"]) if content["server"] else None,
             "candidate": ServerId(**content["candidate"]) if content["candidate"] else None,
             "ended": ServerId(**content["ended"]) if content.get("ended") else None,
+            "loss": _decode_loss(content["loss"]) if content.get("loss") else None,
             "ill": _decode_illness(content["ill"]) if content.get("ill") else None,
             "failures": tuple(content["failures"]),
             "marks": tuple((name, at) for name, at in content["marks"]),
@@ -271,6 +273,11 @@ def _decode_record(content: dict[str, Any], version: int) -> Record:
 
 def _decode_illness(content: dict[str, Any]) -> Illness:
     return Illness(**content | {"kind": Ailment[content["kind"]]})
+
+
+def _decode_loss(content: dict[str, Any]) -> Loss:
+    server = content["server"] and ServerId(**content["server"])
+    return Loss(**content | {"server": server})
 
 
 def _decode_registration(content: dict[str, Any], version: int) -> tuple[str, dict[str, Any]]:
