@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ublkwatch import orders
 from ublkwatch.explain import explain
-from ublkwatch.foretell import Times, span
+from ublkwatch.foretell import Times
 from ublkwatch.model import (
     Ailment,
     Armed,
@@ -31,6 +31,7 @@ from ublkwatch.model import (
     Remedy,
     ServerId,
 )
+from ublkwatch.spans import span
 from ublkwatch.uapi import DevFlags, DevState
 
 NOW, WALL = 5000.0, 1_700_000_000.0

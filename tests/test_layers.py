@@ -20,6 +20,7 @@ LAYERS: dict[str, set[str]] = {
     "care": {"model"},
     "settings": {"care", "model"},
     "traits": set(),
+    "spans": set(),
     # L1: decisions and documents, pure
     "verdict": {"events", "model"},
     "pace": {"events", "model", "verdict"},
@@ -36,9 +37,13 @@ LAYERS: dict[str, set[str]] = {
         *("ailing", "attempt", "deaf", "events", "model", "orders", "outage", "pace", "resume"),
         *("shared", "timers", "uapi", "verdict"),
     },
-    "status": {"model", "uapi"},
-    "foretell": {"ailing", "model", "orders", "pace", "verdict"},
-    "explain": {"foretell", "model", "status", "uapi"},
+    "chronicle": {"events", "model"},
+    "foretell": {"ailing", "model", "orders", "pace", "spans", "verdict"},
+    "status": {"chronicle", "foretell", "model", "uapi"},
+    "explain": {"foretell", "model", "spans", "status", "uapi"},
+    "page": {"spans"},
+    "sheet": {"page", "spans"},
+    "past": {"model", "page", "spans"},
     "rules": {"care", "model"},
     "tables": {"care", "model", "rules", "settings", "traits"},
     # L2: edges
@@ -64,6 +69,8 @@ LAYERS: dict[str, set[str]] = {
     "config": {"model", "rules", "settings", "tables", "trust"},
     "profiles": {"care", "model", "traits"},
     "kept": set(),
+    "kmsg": set(),
+    "trail": set(),
     "admin": {"model"},
     "metrics": {"", "events", "model", "status", "uapi"},
     "log": {"events", "model", "status"},
@@ -83,17 +90,24 @@ LAYERS: dict[str, set[str]] = {
     "library": {"care", "config", "model", "profiles", "rules", "settings", "tables", "trust"},
     "desk": {"admin", "events", "library", "model", "monitor", "settings", "uapi"},
     "registering": {"admin", "config", "library", "settings", "store", "tables", "trust"},
+    "news": {"chronicle", "kmsg", "store", "trail"},
     "daemon": {
-        *("admin", "async_ring", "care", "config", "ctrl", "ctrl_worker", "desk", "discover"),
-        *("events", "fork", "kept", "lanes", "launch", "library", "log", "metrics", "model", "monitor"),
-        *("perform", "rules", "server", "settings", "status", "store", "threads", "trust", "uapi"),
+        *("", "admin", "async_ring", "care", "chronicle", "config", "ctrl", "ctrl_worker", "desk"),
+        *("discover", "events", "fork", "kept", "lanes", "launch", "library", "log", "metrics"),
+        *("model", "monitor", "news", "perform", "rules", "server", "settings", "status", "store"),
+        *("threads", "trust", "uapi"),
     },
     # The command line: a verb knows no other
     "verbs": {"config"},
     "verbs.ask": {"admin", "config", "model", "registering", "settings", "store", "verbs"},
     "verbs.run": {"config", "daemon", "store", "verbs"},
-    "verbs.show": {"config", "explain", "foretell", "model", "status", "store", "verbs"},
-    "cli": {"", "config", "settings", "verbs", "verbs.ask", "verbs.run", "verbs.show"},
+    "verbs.past": {"config", "page", "past", "store", "trail", "verbs"},
+    "verbs.show": {"config", "page", "sheet", "verbs"},
+    "verbs.tell": {"config", "explain", "foretell", "model", "status", "store", "verbs"},
+    "cli": {
+        *("", "config", "settings", "verbs"),
+        *("verbs.ask", "verbs.past", "verbs.run", "verbs.show", "verbs.tell"),
+    },
 }
 
 # What acts on the world has one home each.
@@ -107,26 +121,29 @@ HOMES = {
     "pyroute2": {"discover"},
     "sqlite3": {"store"},
     "prometheus_client": {"metrics"},
-    "argparse": {"cli", "verbs", "verbs.ask", "verbs.run", "verbs.show"},
+    "argparse": {
+        *("cli", "verbs"),
+        *("verbs.ask", "verbs.past", "verbs.run", "verbs.show", "verbs.tell"),
+    },
     "os.pidfd_open": {"server"},
     "signal.pidfd_send_signal": {"server"},
     "os.kill": set(),
     "os.system": set(),
     "os.fork": set(),
     "time.sleep": set(),
-    "time.monotonic": {"verbs.show", "daemon", "desk"},
-    "time.time": {"verbs.show", "desk", "daemon", "status"},
+    "time.monotonic": {"verbs.tell", "daemon", "desk", "news"},
+    "time.time": {"verbs.past", "verbs.show", "verbs.tell", "desk", "daemon", "news"},
     "sys.exit": set(),
 }
 PURE = (
     *("uapi", "model", "care", "events", "settings", "traits", "rules", "tables"),
     *("verdict", "pace", "attempt", "orders", "outage", "timers", "resume", "shared", "deaf"),
-    *("recovery", "ailing", "symptoms", "foretell"),
-    "explain",
+    *("recovery", "ailing", "symptoms", "foretell", "chronicle", "spans", "status", "explain"),
+    *("page", "sheet", "past"),
 )
 HARMLESS = {
     *("__future__", "collections", "dataclasses", "enum", "errno", "string", "struct", "typing"),
-    *("difflib", "fnmatch", "re", "types", "ublkwatch"),
+    *("difflib", "fnmatch", "itertools", "re", "textwrap", "types", "ublkwatch"),
 }
 CEILING = 400
 

@@ -88,10 +88,13 @@ class Desk:
     def _note(self, request: admin.Request | admin.Change, peer: admin.Peer, taken: str) -> None:
         exe = f" ({peer.exe})" if peer.exe else ""
         why = f", because of {request.reason!r}" if request.reason else ""
-        _log.warning("%s, asked by %s%s%s: %s", request, peer, exe, why, taken)
+        text = f"{request}, asked by {peer}{exe}{why}: {taken}"
+        _log.warning("%s", text)
         entry = {
             "kind": "order",
             "at": self.wall(),
+            "level": "warning",
+            "text": text,
             "reason": request.reason,
             "uid": peer.uid,
             "pid": peer.pid,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ublkwatch.foretell import Times, following, refusal, span
+from ublkwatch.foretell import Times, following, refusal
 from ublkwatch.model import Generation, Order, Phase, Policy, Record, RecoveryMode
+from ublkwatch.spans import span
 from ublkwatch.status import complaint, state_name
 from ublkwatch.uapi import DevState
 
