@@ -152,14 +152,15 @@ def _server(
 
 
 _PLAIN = Policy()
+_CHOICES = tuple(field.name for field in fields(Policy) if field.name not in _TRUTHS)
 
 
 def policy_document(policy: Policy) -> dict[str, Any]:
     """Return what an operator chose for a device, as far as it differs from the defaults."""
     return {
-        field.name: _plain(getattr(policy, field.name))
-        for field in fields(Policy)
-        if field.name not in _TRUTHS and getattr(policy, field.name) != getattr(_PLAIN, field.name)
+        name: _plain(getattr(policy, name))
+        for name in _CHOICES
+        if getattr(policy, name) != getattr(_PLAIN, name)
     }
 
 
