@@ -24,6 +24,7 @@ from ublkwatch.ctrl_worker import Workers
 from ublkwatch.identity import Judge
 from ublkwatch.launch import Launcher, start_worker
 from ublkwatch.model import Generation, Phase, Policy, QueueConfig, Record
+from ublkwatch.news import News
 from ublkwatch.store import Store
 
 T = TypeVar("T")
@@ -84,9 +85,10 @@ async def main(home: Path) -> None:
     await workers.prepare()
     following = await followed()
     store = Store(home / "run", home / "state")
+    news = News(home / "run", store)
     lines = log.Log()
     exited = asyncio.Event()
-    servers = server.Servers(server.read_boot_id(), lambda _: exited.set())
+    servers = server.Servers(server.read_boot_id(), lambda _, __: exited.set())
     lost = subprocess.Popen(["/bin/sleep", "600"])  # noqa: ASYNC220 - it takes no time
     known = servers.identify(lost.pid)
     assert known is not None
@@ -117,6 +119,8 @@ async def main(home: Path) -> None:
         [record], lambda _: Policy(), wall=1.0, now=1.0, pid=1, generation=Generation.G3
     )
     await asyncio.to_thread(store.write_status, json.dumps(document))
+    news.tell("recovery", "it is back")
+    await within(news.finish())
     await within(exited.wait())
     launcher.how_ended(pid)
     launcher.last_words("0-1-1")

@@ -9,9 +9,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import schema
 from draw import redrawn
 
-from ublkwatch import cli, config, profiles, recovery, registering, settings, tables
+from ublkwatch import chronicle, cli, config, profiles, recovery, registering, settings, tables
 from ublkwatch.demo.device import Geometry
 from ublkwatch.model import Ailment, Order, Phase, Reason
 from ublkwatch.traits import PROFILES
@@ -70,6 +71,17 @@ def test_every_verb_is_in_the_readme(capsys: pytest.CaptureFixture[str]) -> None
     verbs = set(re.findall(r"^    ([a-z-]+)(?: |$)", capsys.readouterr().out, re.MULTILINE))
     assert {order.value for order in Order} < verbs
     assert verbs == set(re.findall(r"^    ublkwatch ([a-z-]+)", README, re.MULTILINE))
+
+
+def test_the_schemas_have_every_phase_and_reason() -> None:
+    device = schema.of("status")["properties"]["devices"]["items"]["properties"]
+    assert device["phase"]["enum"] == [phase.value for phase in Phase]
+    assert device["reason"]["enum"] == [*(reason.name for reason in Reason), None]
+    event = schema.of("event")["properties"]
+    assert event["from"]["enum"] == event["to"]["enum"] == device["phase"]["enum"]
+    recovery = schema.of("history")["properties"]["history"]["items"]["oneOf"][0]["properties"]
+    assert recovery["phases"]["items"]["properties"]["phase"]["enum"] == device["phase"]["enum"]
+    assert set(device["cause"]["enum"]) | {chronicle.OOM_KILL} == set(recovery["cause"]["enum"])
 
 
 def test_every_exit_code_is_in_the_readme() -> None:

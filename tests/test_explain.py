@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ublkwatch import orders
 from ublkwatch.explain import explain
-from ublkwatch.foretell import Times, span
+from ublkwatch.foretell import Times
 from ublkwatch.model import (
     Ailment,
     Armed,
@@ -22,6 +22,7 @@ from ublkwatch.model import (
     Generation,
     Handoff,
     Illness,
+    Loss,
     Order,
     Phase,
     Policy,
@@ -31,6 +32,7 @@ from ublkwatch.model import (
     Remedy,
     ServerId,
 )
+from ublkwatch.spans import span
 from ublkwatch.uapi import DevFlags, DevState
 
 NOW, WALL = 5000.0, 1_700_000_000.0
@@ -332,6 +334,11 @@ def test_a_stopped_device_is_not_told_as_one_whose_io_waits() -> None:
     assert stopped["What"] == ["ublkwatch gave up: it was stopped, and what waited ended in errors"]
     assert stopped["I/O"] == ["all of it has ended in errors; the disk is removed"]
     assert "retry" not in verbs(replace(FAILED, stopped=True))
+
+
+def test_how_the_server_ended_is_said_where_it_is_known() -> None:
+    for how, says in (("SIGKILL", "its process ended: SIGKILL)"), ("unknown", "process ended)")):
+        assert told(replace(DOWN, loss=Loss(SERVER, how)))["Tried"][0].endswith(says)
 
 
 def test_a_long_timeline_shows_how_it_began_and_how_it_went_on() -> None:

@@ -22,6 +22,7 @@ LAYERS: dict[str, set[str]] = {
     "care": {"model"},
     "settings": {"care", "model"},
     "traits": set(),
+    "spans": set(),
     # L1: decisions and documents, pure
     "verdict": {"events", "model"},
     "pace": {"events", "model", "verdict"},
@@ -38,14 +39,18 @@ LAYERS: dict[str, set[str]] = {
         *("ailing", "attempt", "deaf", "events", "model", "orders", "outage", "pace", "resume"),
         *("shared", "timers", "uapi", "verdict"),
     },
-    "status": {"model", "uapi"},
+    "chronicle": {"events", "model"},
+    "foretell": {"ailing", "model", "orders", "pace", "spans", "verdict"},
+    "status": {"chronicle", "foretell", "model", "uapi"},
+    "explain": {"foretell", "model", "spans", "status", "uapi"},
+    "page": {"spans"},
+    "sheet": {"page", "spans"},
+    "past": {"model", "page", "spans"},
     "finding": set(),
     "kernels": set(),
     "wire": {"model"},
     "prospect": {"care", "events", "model"},
     "drilling": {"model"},
-    "foretell": {"ailing", "model", "orders", "pace", "verdict"},
-    "explain": {"foretell", "model", "status", "uapi"},
     "rules": {"care", "model"},
     "tables": {"care", "model", "rules", "settings", "traits"},
     # L2: edges
@@ -80,6 +85,8 @@ LAYERS: dict[str, set[str]] = {
     "client": {"wire"},
     "usage": set(),
     "scratch": set(),
+    "kmsg": set(),
+    "trail": set(),
     "metrics": {"", "events", "model", "status", "uapi"},
     "log": {"events", "model", "status"},
     # L3: the shell; its edges come in by Protocol
@@ -96,6 +103,7 @@ LAYERS: dict[str, set[str]] = {
     },
     # L4: composition
     "siting": {"care", "config", "placement"},
+    "news": {"chronicle", "kmsg", "store", "trail"},
     "driver": {"async_ring", "ctrl", "uapi"},
     "checking": {
         *("care", "config", "finding", "identity", "settings", "store", "tables", "trust"),
@@ -117,10 +125,11 @@ LAYERS: dict[str, set[str]] = {
     },
     "registering": {"config", "library", "settings", "store", "tables", "trust", "wire"},
     "daemon": {
-        *("admin", "apart", "armour", "care", "config", "ctrl", "ctrl_worker", "desk", "discover"),
-        *("driver", "events", "identity", "kept", "lanes", "launch", "library", "log", "metrics"),
-        *("model", "monitor", "perform", "rules", "server", "settings", "siting", "status"),
-        *("stopping", "store", "threads", "trust", "uapi", "usage", "wire"),
+        *("", "admin", "apart", "armour", "care", "chronicle", "config", "ctrl", "ctrl_worker"),
+        *("desk", "discover", "driver", "events", "fork", "identity", "kept", "lanes", "launch"),
+        *("library", "log", "metrics", "model", "monitor", "news", "perform", "rules", "server"),
+        *("settings", "siting", "status", "stopping", "store", "threads", "trust", "uapi"),
+        *("usage", "wire"),
     },
     # The command line: a verb knows no other, but for how a wish is brought to the daemon
     "verbs": {"config"},
@@ -139,10 +148,12 @@ LAYERS: dict[str, set[str]] = {
         *("model", "settings", "uapi", "verbs", "wire"),
     },
     "verbs.run": {"config", "daemon", "driver", "siting", "store", "verbs"},
-    "verbs.show": {"config", "explain", "foretell", "model", "status", "store", "verbs"},
+    "verbs.past": {"config", "page", "past", "store", "trail", "verbs"},
+    "verbs.show": {"config", "page", "sheet", "verbs"},
+    "verbs.tell": {"config", "explain", "foretell", "model", "status", "store", "verbs"},
     "cli": {
         *("", "config", "settings", "verbs", "verbs.doctor", "verbs.drill", "verbs.order"),
-        *("verbs.rules", "verbs.run", "verbs.show", "verbs.stop"),
+        *("verbs.past", "verbs.rules", "verbs.run", "verbs.show", "verbs.stop", "verbs.tell"),
     },
 }
 
@@ -162,7 +173,7 @@ HOMES = {
     "prometheus_client": {"metrics"},
     "argparse": {
         *("cli", "verbs", "verbs.asking", "verbs.doctor", "verbs.drill", "verbs.order"),
-        *("verbs.rules", "verbs.run", "verbs.show", "verbs.stop"),
+        *("verbs.past", "verbs.rules", "verbs.run", "verbs.show", "verbs.stop", "verbs.tell"),
     },
     "os.pidfd_open": {"server"},
     "signal.pidfd_send_signal": {"server"},
@@ -170,19 +181,21 @@ HOMES = {
     "os.system": set(),
     "os.fork": set(),
     "time.sleep": set(),
-    "time.monotonic": {"verbs.show", "daemon", "desk", "rounds", "scratch"},
-    "time.time": {"verbs.show", "desk", "daemon", "examined", "rounds", "status"},
+    "time.monotonic": {"verbs.tell", "daemon", "desk", "news", "rounds", "scratch"},
+    "time.time": {
+        *("verbs.past", "verbs.show", "verbs.tell", "desk", "daemon", "examined", "news", "rounds"),
+    },
     "sys.exit": set(),
 }
 PURE = (
     *("uapi", "model", "care", "events", "settings", "traits", "rules", "tables"),
     *("verdict", "pace", "attempt", "orders", "outage", "timers", "resume", "shared", "deaf"),
-    *("recovery", "ailing", "symptoms", "foretell"),
-    *("explain", "prospect", "drilling", "wire", "finding", "kernels"),
+    *("recovery", "ailing", "symptoms", "foretell", "chronicle", "spans", "status", "explain"),
+    *("page", "sheet", "past", "prospect", "drilling", "wire", "finding", "kernels"),
 )
 HARMLESS = {
     *("__future__", "collections", "dataclasses", "enum", "errno", "string", "struct", "typing"),
-    *("difflib", "fnmatch", "json", "re", "types", "ublkwatch"),
+    *("difflib", "fnmatch", "itertools", "json", "re", "textwrap", "types", "ublkwatch"),
 }
 CEILING = 400
 

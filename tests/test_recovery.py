@@ -36,6 +36,7 @@ from ublkwatch.events import (
 from ublkwatch.model import (
     Armed,
     Generation,
+    Loss,
     Order,
     Phase,
     Policy,
@@ -326,3 +327,28 @@ def test_why_a_device_is_only_reported_has_its_particulars(story: Story) -> None
     assert story.record.detail == why
     refusal = orders.objection(story.record, Order.RECOVER, story.policy)
     assert refusal == Reason.UNTRUSTED.value
+
+
+def test_how_a_server_was_lost_is_kept(story: Story) -> None:
+    story.watching().tell(ServerExited(OLD, "SIGSEGV"))
+    assert story.record.loss == Loss(OLD, "SIGSEGV")
+
+
+def test_how_a_server_ended_that_had_let_go_before_is_kept_and_its_successors_end_is_not(
+    story: Story,
+) -> None:
+    down = story.read(DevState.QUIESCED)
+    story.watching().tell(down, down)
+    assert (story.record.detected_by, story.record.loss) == ("poll", Loss(OLD))
+    story.tell(ServerExited(OLD, "exit status 3"))
+    assert story.record.loss == Loss(OLD, "exit status 3")
+    story.tell(Spawned(story.record.seq, NEW), ServerExited(NEW, "SIGKILL"))
+    assert story.record.loss == Loss(OLD, "exit status 3")
+
+
+def test_a_recovery_ends_with_a_mark(story: Story) -> None:
+    story.probation()
+    story.now += 1
+    story.tell(Woken(), story.read(DevState.LIVE, NEW))
+    assert story.record.marks[-1] == ("watching", story.now)
+    assert story.record.last_held_s == story.record.marks[-2][1] - story.record.marks[0][1]

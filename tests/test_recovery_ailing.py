@@ -26,7 +26,17 @@ from ublkwatch.events import (
     Watch,
     Woken,
 )
-from ublkwatch.model import Ailment, Generation, Illness, Order, Phase, Record, Remedy, ServerId
+from ublkwatch.model import (
+    Ailment,
+    Generation,
+    Illness,
+    Loss,
+    Order,
+    Phase,
+    Record,
+    Remedy,
+    ServerId,
+)
 from ublkwatch.orders import objection
 from ublkwatch.uapi import DevState
 
@@ -273,3 +283,17 @@ def test_a_server_that_took_over_has_a_clean_slate(tell: Any) -> None:
         info=story.record.info,
         server=OTHER,
     )
+
+
+def test_what_ailed_it_is_why_it_was_lost_and_who_had_it_ended_is_known(tell: Any) -> None:
+    story = tell(on_stall=Remedy.KILL)
+    story.record = replace(story.record, asked_by="an operator, before")
+    stall(story)
+    story.tell(ServerExited(OLD, "SIGKILL"))
+    assert story.record.loss == Loss(OLD, "it sleeps")
+    assert (story.record.detected_by, story.record.asked_by) == ("stall", "")
+    story = tell()
+    stall(story)
+    story.ask(Order.RECOVER)
+    story.tell(ServerExited(OLD, "SIGKILL"))
+    assert story.record.asked_by == "me"

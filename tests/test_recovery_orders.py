@@ -248,3 +248,20 @@ def test_nothing_is_stopped_while_the_host_shuts_down(story: Story) -> None:
     shut(story.failed())
     assert story.is_in(Phase.HELD)
     assert story.tell(*[story.read(DevState.QUIESCED)] * 3) == []
+
+
+def test_who_had_a_recovery_begin_is_known_until_the_next_outage(story: Story) -> None:
+    story.failed()
+    assert story.record.asked_by == ""
+    story.ask(Order.RETRY)
+    assert story.record.asked_by == "me"
+    released = Story(story.policy.generation).watching()
+    released.ask(Order.HOLD)
+    released.tell(ServerExited(OLD))
+    assert released.is_in(Phase.HELD)
+    released.ask(Order.RELEASE)
+    assert (released.record.phase, released.record.asked_by) == (Phase.DRAINING, "me")
+    again = Story(story.policy.generation).watching()
+    again.record = replace(again.record, asked_by="me")
+    again.tell(ServerExited(OLD))
+    assert again.record.asked_by == "", "nobody asked for this one"

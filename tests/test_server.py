@@ -60,7 +60,7 @@ def with_servers(work: Callable[[Servers, list[ServerId]], Awaitable[None]]) -> 
     async def main() -> None:
         reported: list[ServerId] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, what: unhandled.append(what))
-        servers = Servers(read_boot_id(), reported.append)
+        servers = Servers(read_boot_id(), lambda server, _: reported.append(server))
         try:
             await asyncio.wait_for(work(servers, reported), PATIENCE_S)
         finally:
@@ -197,3 +197,48 @@ def test_holds_tells_who_has_a_node_open(tmp_path: Path) -> None:
         assert not holds(holder.pid, f"{node}0")
         assert not holds(other.pid, str(node))
     assert not holds(holder.pid, str(node))
+
+
+LINEAGE = """
+import os, signal, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+print(child.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [
+        ("raise SystemExit(3)", 3),
+        ("import os; os.kill(os.getpid(), 9)", -9),
+        ("import os; os.kill(os.getpid(), 15)", -15),
+    ],
+)
+def test_how_somebody_elses_child_ended_is_known(code: str, status: int) -> None:
+    wait = "import time; time.sleep(0.3); "
+    seen: list[tuple[int, int | None]] = []
+
+    async def story() -> None:
+        servers = Servers(read_boot_id(), lambda server, how: seen.append((server.pid, how)))
+        with child(LINEAGE, arguments=(wait + code,)) as (_process, line):
+            server = servers.identify(int(line))
+            assert server is not None
+            servers.watch(server)
+            await until(lambda: seen, "its end is reported")
+        servers.close()
+        assert seen == [(server.pid, status)]
+
+    asyncio.run(story())
+
+
+def test_how_a_process_ended_that_was_somebody_else_nobody_knows() -> None:
+    async def story() -> None:
+        seen: list[int | None] = []
+        servers = Servers(read_boot_id(), lambda _, how: seen.append(how))
+        with child() as (process, _line):
+            servers.watch(replace(identify(servers, process), start_ticks=1))
+            await until(lambda: seen == [None], "it is reported")
+        servers.close()
+
+    asyncio.run(story())

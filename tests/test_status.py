@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import schema
 
 from ublkwatch import status
 from ublkwatch.model import (
@@ -14,6 +15,7 @@ from ublkwatch.model import (
     DevInfo,
     Generation,
     Illness,
+    Loss,
     Phase,
     Policy,
     Reason,
@@ -66,22 +68,12 @@ UNMANAGED = Record(
 )
 UNREAD = Record(dev_id=3, instance="boot/4", phase=Phase.WATCHING, since=NOW)
 
-TABLE = """\
-4 devices, 2 watched and LIVE
-
-DEVICE   STATE     PHASE     SERVER  QUEUES  I/O ON A CRASH  RECOVERIES  HELD
-ublkb7   LIVE      observed  1007    2x128   disk removed    0           -
-    not recoverable: created without UBLK_F_USER_RECOVERY
-ublkb12  QUIESCED  backoff   -       2x128   EIO, waits      0           -
-    the server ended before it was ready (exit status 1: no file)
-ublkb0   LIVE      watching  1000    2x128   resent, waits   3           42 ms
-ublkb3   ?         watching  -       ?       ?               0           -"""
-
 
 def document(*records: Record, policy: Policy | None = None) -> dict[str, Any]:
     made = status.document(records, lambda _: policy or Policy(), wall=WALL, now=NOW, pid=42)
     through_json: dict[str, Any] = json.loads(json.dumps(made, allow_nan=False))
     assert through_json == made
+    assert schema.complaints(made, schema.of("status")) == []
     return made
 
 
@@ -90,30 +82,11 @@ def device(record: Record) -> dict[str, Any]:
     return found
 
 
-def test_the_table_puts_problems_first_and_says_what_they_are() -> None:
-    made = document(HEALTHY, BACKING_OFF, UNMANAGED, UNREAD)
-    assert status.table(made, running=True) == TABLE
-
-
-def test_a_stalled_server_comes_first_and_is_not_well() -> None:
-    ill = Illness(Ailment.STALL, "it sleeps", NOW - 45)
-    stalled = replace(HEALTHY, dev_id=5, ill=ill)
-    made = document(HEALTHY, stalled)
-    lines = status.table(made, running=True).splitlines()
-    assert lines[0] == "2 devices, 1 watched and LIVE"
-    assert lines[3].startswith("ublkb5")
-    assert lines[4].strip() == "stalled: its server has requests and completes none (it sleeps)"
-    ails = device(stalled)
+def test_what_ails_a_server_is_told() -> None:
+    ails = device(replace(HEALTHY, ill=Illness(Ailment.STALL, "it sleeps", NOW - 45)))
     assert (ails["ailment"], ails["ailing_since"]) == ("stall", WALL - 45)
-
-
-def test_the_table_says_when_nobody_keeps_it_fresh() -> None:
-    head = status.table(document(HEALTHY), running=False, wall=WALL + 63).splitlines()[0]
-    assert head == "1 device, 1 watched and LIVE; ublkwatch is not running, this is 63 s old"
-
-
-def test_no_devices_are_one_line() -> None:
-    assert status.table(document(), running=True) == "0 devices, 0 watched and LIVE"
+    says = "stalled: its server has requests and completes none (it sleeps)"
+    assert ails["explanation"] == says
 
 
 def test_the_document_says_who_wrote_it_when_and_how_to_understand_it() -> None:
@@ -133,8 +106,51 @@ def test_times_in_the_document_are_wall_times() -> None:
     assert backing_off["timeline"] == [["lost", 0.0], ["draining", 0.0], ["stopping", 2.0]]
 
 
-def test_the_next_attempt_is_foretold_in_a_backoff_only() -> None:
-    assert device(replace(BACKING_OFF, phase=Phase.DRAINING))["next_at"] is None
+def test_what_comes_next_is_foretold_with_its_time() -> None:
+    backing_off = device(BACKING_OFF)
+    assert (backing_off["next_action"], backing_off["next_by"]) == ("attempt", None)
+    says = f"the next attempt {{@{WALL + 0.5:.3f}}}; 3 of 5 failures are used up"
+    assert (backing_off["outlook"], backing_off["remedy"]) == ([says], None)
+    draining = device(replace(BACKING_OFF, phase=Phase.DRAINING))
+    assert (draining["next_action"], draining["next_at"]) == ("START", None)
+    assert draining["next_by"] == WALL - 0.5 + Policy().drain_timeout_s
+
+
+def test_what_a_person_can_do_is_told_where_it_waits_for_that() -> None:
+    failed = device(replace(BACKING_OFF, phase=Phase.FAILED, wake=None))
+    assert failed["remedy"] == "`ublkwatch retry 12`"
+    assert failed["outlook"] == ["nothing by itself: it waits for `ublkwatch retry 12`"]
+    assert failed["next_action"] is None
+
+
+def test_why_a_server_was_lost_is_told() -> None:
+    for by, how, cause in (
+        ("pidfd", "SIGKILL", ("signal", "SIGKILL")),
+        ("pidfd", "exit status 3", ("exit", "exit status 3")),
+        ("poll", "unknown", ("unknown", None)),
+        ("stall", "it sleeps", ("stall", "it sleeps")),
+    ):
+        lost = device(replace(BACKING_OFF, detected_by=by, loss=Loss(None, how), asked_by="me"))
+        assert (lost["cause"], lost["cause_detail"]) == cause
+        assert lost["asked_by"] == "me"
+
+
+def test_who_serves_and_since_when_is_told() -> None:
+    made = status.document(
+        [HEALTHY, replace(BACKING_OFF, candidate=ServerId(7, 8, "boot"))],
+        lambda _: Policy(),
+        wall=WALL,
+        now=NOW,
+        pid=42,
+        interval_s=1.0,
+        name=lambda record: f"server-{record.dev_id}",
+        started_at=lambda server: WALL - server.start_ticks,
+    )
+    assert schema.complaints(made, schema.of("status")) == []
+    assert made["written_every_s"] == 1.0
+    healthy, other = made["devices"]
+    assert (healthy["server_name"], healthy["server_started_at"]) == ("server-0", WALL - 5)
+    assert (healthy["candidate_pid"], other["candidate_pid"]) == (None, 7)
 
 
 def test_a_watched_device_is_told_in_full() -> None:
@@ -147,8 +163,15 @@ def test_a_watched_device_is_told_in_full() -> None:
         "detail": None,
         "explanation": "",
         "since": WALL - 100,
+        "next_action": None,
         "next_at": None,
+        "next_by": None,
+        "outlook": ["should its server be lost, it is recovered at once"],
+        "remedy": None,
         "server_pid": 1000,
+        "server_name": None,
+        "server_started_at": None,
+        "candidate_pid": None,
         "queues": 2,
         "depth": 128,
         "flags": int(FLAGS),
@@ -156,6 +179,9 @@ def test_a_watched_device_is_told_in_full() -> None:
         "io_while_down": "in flight: sent again; meanwhile: waits",
         "recoveries": 3,
         "last_held_s": 0.0421,
+        "cause": None,
+        "cause_detail": None,
+        "asked_by": None,
         "detected_by": None,
         "detected_at": None,
         "timeline": [],

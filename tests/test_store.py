@@ -18,6 +18,7 @@ from ublkwatch.model import (
     Armed,
     DevInfo,
     Illness,
+    Loss,
     Phase,
     QueueConfig,
     Reason,
@@ -64,6 +65,8 @@ RECORD = Record(
     refused="EBUSY",
     stopped=True,
     ill=Illness(Ailment.STALL, "2 requests wait", 1225.0, condemned=True),
+    loss=Loss(ServerId(55, 66, "boot"), "SIGKILL"),
+    asked_by="uid 0",
     detected_by="pidfd",
     marks=(("lost", 1229.0), ("draining", 1229.0)),
     recoveries=4,
@@ -87,7 +90,8 @@ def variants() -> list[Record]:
     phases = [replace(RECORD, phase=phase, dev_id=n) for n, phase in enumerate(Phase)]
     reasons = [replace(RECORD, reason=reason, dev_id=100 + n) for n, reason in enumerate(Reason)]
     armed = [replace(RECORD, armed=armed, dev_id=200 + n) for n, armed in enumerate(Armed)]
-    return [*phases, *reasons, *armed, Record(dev_id=300, instance="boot/18")]
+    nobody = replace(RECORD, loss=Loss(), dev_id=301)
+    return [*phases, *reasons, *armed, Record(dev_id=300, instance="boot/18"), nobody]
 
 
 def test_every_record_comes_back_as_it_was_but_for_the_kernels_answer(store: Store) -> None:

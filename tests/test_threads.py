@@ -136,7 +136,9 @@ def test_a_pidfd_tells_of_a_threads_end() -> None:
     told = []
 
     async def story() -> None:
-        servers = Servers(read_boot_id(), lambda _: None, lambda: told.append("look"))
+        servers = Servers(
+            read_boot_id(), lambda _server, _status: None, lambda: told.append("look")
+        )
         with crew() as (process, tids):
             server = servers.identify(process.pid)
             assert server is not None

@@ -49,7 +49,7 @@ def treat(record: Record, now: float, policy: Policy) -> Step:
         return record, ()
     if record.phase is Phase.WATCHING:
         record = replace(record, failures=(*_failures(record, policy), now))
-    return end(record)
+    return end(replace(record, asked_by=""))
 
 
 def end(record: Record) -> Step:

@@ -9,31 +9,36 @@ from pathlib import Path
 
 from ublkwatch import __version__, config
 from ublkwatch.settings import ConfigError
-from ublkwatch.verbs import Exit, dev_id_of, doctor, drill, order, rules, run, say, show, stop
+from ublkwatch.verbs import Exit, dev_id_of, say, show
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a verb and return its exit code."""
     arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
-        return int(arguments.verb(arguments))
+        code = int(arguments.verb(arguments))
+        sys.stdout.flush()
     except ConfigError as error:
         return say(Exit.CONFIG, str(error))
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.OK
+    return code
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """Understand a command line; what follows `--` in `register` is the server's own."""
     cut = argv.index("--") if argv[:1] == ["register"] and "--" in argv else len(argv)
-    arguments = parser().parse_args(argv[:cut])
+    arguments = parser(argv[:1]).parse_args(argv[:cut])
     arguments.command = argv[cut + 1 :]
     return arguments
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the whole command line: the manual and the completions are made from it, too."""
+def parser(word: list[str] | None = None) -> argparse.ArgumentParser:
+    """Return the whole command line, or as much of it as it takes for ``word``.
+
+    The manual and the completions are made from it, too.
+    """
     whole = argparse.ArgumentParser(
         prog="ublkwatch", description="Keeps userspace block devices (ublk) alive."
     )
@@ -45,10 +50,16 @@ def parser() -> argparse.ArgumentParser:
     device = argparse.ArgumentParser(add_help=False)
     device.add_argument("dev_id", type=dev_id_of, metavar="DEV", help="N, ublkbN or /dev/ublkbN")
     verbs = whole.add_subparsers(required=True, metavar="VERB")
-    run.add(verbs, shared)
-    show.add(verbs, shared, device)
-    rules.add(verbs, shared)
+    show.add(verbs, shared)
+    if word == ["status"]:
+        return whole  # it must not pay for the others
+    from ublkwatch.verbs import doctor, drill, order, past, rules, run, stop, tell  # noqa: PLC0415
+
+    tell.add(verbs, shared, device)
+    past.add(verbs, shared)
     for each in (order, stop, drill):
         each.add(verbs, shared, device)
+    rules.add(verbs, shared)
     doctor.add(verbs, shared)
+    run.add(verbs, shared)
     return whole

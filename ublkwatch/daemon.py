@@ -15,7 +15,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ublkwatch import admin, discover, log, server, status, threads, wire
+from ublkwatch import (
+    __version__,
+    admin,
+    chronicle,
+    discover,
+    fork,
+    log,
+    server,
+    status,
+    threads,
+    wire,
+)
 from ublkwatch.apart import Apart
 from ublkwatch.armour import Armour
 from ublkwatch.care import Care, Origin
@@ -31,8 +42,9 @@ from ublkwatch.lanes import Lanes
 from ublkwatch.launch import Launcher, start_worker
 from ublkwatch.library import Library, declared_threads, known_servers
 from ublkwatch.metrics import Metrics, Page
-from ublkwatch.model import DevInfo, Generation, Phase, Reason, ServerId
+from ublkwatch.model import UNKNOWN, DevInfo, Generation, Record, ServerId
 from ublkwatch.monitor import Monitor
+from ublkwatch.news import News
 from ublkwatch.perform import Edges, Threads
 from ublkwatch.rules import Unmanaged
 from ublkwatch.settings import ConfigError
@@ -46,7 +58,7 @@ from ublkwatch.usage import usage
 _log = logging.getLogger("ublkwatch")
 
 _STATUS_INTERVAL_S = 0.2
-_HISTORY_PENDING_MAX = 1000
+_TICKS = os.sysconf("SC_CLK_TCK")
 _UEVENTS_RETRY_S = 10.0
 _DRAIN_S = 10.0
 
@@ -70,8 +82,7 @@ class Daemon:
         self._settings = settings
         self._store = store
         self._dirty = asyncio.Event()
-        self._history: asyncio.Queue[dict[str, Any]] = asyncio.Queue(_HISTORY_PENDING_MAX)
-        self._dropped = 0
+        self._news = News(settings.runtime_dir, store)
         self._armour = Armour()
         self._judge = Judge()
         self._siting = Siting()
@@ -150,6 +161,7 @@ class Daemon:
             rules = self._generation.name
             where = f", metrics on port {port}" if port else ""
             _log.info("watching; driver features 0x%x, rules %s%s", features or 0, rules, where)
+            self._news.tell("started", f"ublkwatch {__version__} watches, pid {os.getpid()}")
             await self._run_tasks(stop)
         finally:
             door.close()
@@ -162,7 +174,7 @@ class Daemon:
         works: list[Coroutine[Any, Any, Any]] = [
             self._monitor.run(self._settings.poll_interval_s),
             self._write_status_for_ever(),
-            self._write_history_for_ever(),
+            self._news.write_for_ever(),
             self._follow_uevents_for_ever(),
         ]
         tasks = [asyncio.create_task(work) for work in works]
@@ -173,9 +185,10 @@ class Daemon:
         await asyncio.gather(*tasks, stopping, return_exceptions=True)
         for task in done - {stopping}:
             task.result()  # none of them ends but by a bug: let it be seen
+        self._news.tell("stopped", "ublkwatch was told to stop; the servers live on")
         try:
             async with asyncio.timeout(_DRAIN_S):
-                await asyncio.to_thread(self._drain_history)
+                await self._news.finish()
         except TimeoutError:
             _log.warning("the end of the history is not written: does its file system hang?")
         _log.info("stopped; the servers live on")
@@ -205,8 +218,8 @@ class Daemon:
 
     # --- news from the edges ---------------------------------------------------------------------
 
-    def _server_exited(self, process: ServerId) -> None:
-        self._monitor.server_exited(process)
+    def _server_exited(self, process: ServerId, status: int | None) -> None:
+        self._monitor.server_exited(process, UNKNOWN if status is None else fork.how(status)[0])
 
     def _look(self) -> None:
         self._monitor.look()
@@ -220,19 +233,18 @@ class Daemon:
         _log.log(level, text)
         self._metrics.publish(transition)
         self._dirty.set()
-        before, after = transition.before.phase, transition.after.phase
-        gave_up = after is Phase.FAILED and before is not Phase.FAILED
-        gave_up |= transition.after.reason is Reason.DELEGATE_DELETED and after is Phase.GONE
-        if gave_up or (before, after) == (Phase.PROBATION, Phase.WATCHING):
-            self._remember(_history_entry(transition))
+        self._news.take(chronicle.event(transition, logging.getLevelName(level).lower(), text))
+        if (outage := chronicle.outage_over(transition)) is not None:
+            self._news.take(outage)
 
     def _remember(self, entry: dict[str, Any]) -> None:
-        """Have the history keep an entry; what happened is worth a status document, too."""
+        """Keep an order; what it changed is worth a status document, too."""
         self._dirty.set()
-        try:
-            self._history.put_nowait(entry)
-        except asyncio.QueueFull:
-            self._dropped += 1
+        self._news.take(entry)
+
+    def _server_name(self, record: Record) -> str:
+        care, origin = self._monitor.care(record.dev_id), self._monitor.origin(record)
+        return (care.name if care else "") or (origin.name if origin else "")
 
     # --- subscribers with a pace of their own ----------------------------------------------------
 
@@ -246,6 +258,9 @@ class Daemon:
                 now=time.monotonic(),
                 pid=os.getpid(),
                 generation=self._generation,
+                interval_s=max(_STATUS_INTERVAL_S, self._settings.poll_interval_s),
+                name=self._server_name,
+                started_at=_started_at,
             )
             try:
                 await asyncio.to_thread(self._store.write_status, json.dumps(document))
@@ -256,21 +271,6 @@ class Daemon:
                 async with asyncio.timeout(self._settings.poll_interval_s):
                     await self._dirty.wait()
             self._dirty.clear()
-
-    async def _write_history_for_ever(self) -> None:
-        while True:
-            entry = await self._history.get()
-            await asyncio.to_thread(self._write_history, entry)
-
-    def _drain_history(self) -> None:
-        while not self._history.empty():
-            self._write_history(self._history.get_nowait())
-
-    def _write_history(self, entry: dict[str, Any]) -> None:
-        try:
-            self._store.add_history(entry)
-        except (OSError, self._store.HistoryError) as error:
-            _log.warning("history not written: %s", error)
 
     async def _follow_uevents_for_ever(self) -> None:
         """Uevents are hints: without them devices are found by the poll."""
@@ -312,6 +312,12 @@ class Daemon:
             raise UnavailableError(f"{path}: {error}; choose another runtime_dir") from error
 
 
+def _started_at(process: ServerId) -> float:
+    """Return the wall time at which a process of this boot was started."""
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return booted + process.start_ticks / _TICKS
+
+
 def _group(name: str) -> int | None:
     """Return the number of the group that may give orders; ConfigError where there is none."""
     try:
@@ -327,20 +333,3 @@ async def _prepare(workers: Workers) -> None:
         await workers.prepare()
     except OSError as error:
         raise UnavailableError(f"{error.strerror}; its own words are above, if any") from error
-
-
-def _history_entry(transition: Transition) -> dict[str, Any]:
-    record = transition.after
-    lost = record.marks[0][1] if record.marks else transition.now
-    return {
-        "kind": "recovery",
-        "dev_id": record.dev_id,
-        "instance": record.instance,
-        "at": transition.wall,
-        "result": "success" if record.phase is Phase.WATCHING else "gave_up",
-        "reason": record.reason.name if record.reason else None,
-        "detected_by": record.detected_by,
-        "attempts": record.attempts,
-        "held_s": record.last_held_s if record.phase is Phase.WATCHING else None,
-        "timeline": [[name, at - lost] for name, at in record.marks],
-    }

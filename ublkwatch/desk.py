@@ -226,10 +226,13 @@ class Desk:
     def _note(self, wish: Request | Deed | Change, peer: Peer, taken: str) -> None:
         exe = f" ({peer.exe})" if peer.exe else ""
         why = f", because of {wish.reason!r}" if wish.reason else ""
-        _log.warning("%s, asked by %s%s%s: %s", wish, peer, exe, why, taken)
+        text = f"{wish}, asked by {peer}{exe}{why}: {taken}"
+        _log.warning("%s", text)
         entry = {
             "kind": "order",
             "at": self.wall(),
+            "level": "warning",
+            "text": text,
             "dev_id": wish.dev_id,
             "reason": wish.reason,
             "uid": peer.uid,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ublkwatch.foretell import Times, following, refusal, span
-from ublkwatch.model import Generation, Order, Phase, Policy, Record, RecoveryMode
+from ublkwatch.foretell import Times, following, refusal
+from ublkwatch.model import UNKNOWN, Generation, Order, Phase, Policy, Record, RecoveryMode
+from ublkwatch.spans import span
 from ublkwatch.status import complaint, state_name
 from ublkwatch.uapi import DevState
 
@@ -136,6 +137,8 @@ def _tried(record: Record, times: Times) -> Iterator[str]:
         return
     lost = record.marks[0][1]
     noticed = _NOTICED.get(record.detected_by, record.detected_by)
+    if record.detected_by == "pidfd" and record.loss and record.loss.how != UNKNOWN:
+        noticed += f": {record.loss.how}"
     yield (
         f"{_count(record.attempts, 'attempt')}, since its server was lost {span(times.now - lost)} "
         f"ago ({times.clock(lost)}{f'; {noticed}' if noticed else ''})"

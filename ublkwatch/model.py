@@ -15,6 +15,8 @@ from ublkwatch.uapi import DevFlags, DevState
 
 # The environment variable by which the processes of an attempt are found again.
 TAG_VARIABLE = "UBLKWATCH_ATTEMPT"
+# How a process ended, where nobody can tell.
+UNKNOWN = "unknown"
 
 # --- what there is -------------------------------------------------------------------------------
 
@@ -186,6 +188,14 @@ class Illness:
     condemned: bool = False  # it was sent SIGKILL for that, or is about to be
 
 
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """How a server was lost, as far as that is known."""
+
+    server: ServerId | None = None
+    how: str = UNKNOWN  # for people: "SIGKILL", "exit status 1"; or what ailed it
+
+
 class SpawnVerdict(Enum):
     """Why no server was started: what the launcher, or the pre_recover command, made of it."""
 
@@ -245,6 +255,8 @@ class Record:
     refused: str = ""  # END's EBUSY, until the state has told what it means
     stopped: bool = False  # we sent STOP_DEV, and it was done
     ill: Illness | None = None  # what ails the server
+    loss: Loss | None = None  # of the last server that was lost
+    asked_by: str = ""  # which operator had this recovery begin
     detected_by: str = ""  # "pidfd", "poll", "startup"; or for what ailment we ended it
     marks: tuple[tuple[str, float], ...] = ()  # (phase entered, when) since the server was lost
     recoveries: int = 0

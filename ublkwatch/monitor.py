@@ -29,7 +29,7 @@ from ublkwatch.events import (
     Transition,
     Woken,
 )
-from ublkwatch.model import DevInfo, Phase, Policy, Reason, Record, ServerId
+from ublkwatch.model import UNKNOWN, DevInfo, Phase, Policy, Reason, Record, ServerId
 from ublkwatch.perform import Edges, Performer
 from ublkwatch.pulse import Pulse
 from ublkwatch.starts import tag_of
@@ -133,10 +133,11 @@ class Monitor:
         """Look at all devices now, and not only when the next poll is due."""
         self._look.set()
 
-    def server_exited(self, server: ServerId) -> None:
-        """Take the news of a watched process's end."""
+    def server_exited(self, server: ServerId, seen: str = UNKNOWN) -> None:
+        """Take the news of a watched process's end; who waited for it knows best how it ended."""
         ask = self._edges.launcher.must_ask(server.pid)
         how, code = self._edges.launcher.how_ended(server.pid)
+        how = seen if how == UNKNOWN else how
         for record in self.records():
             if ask and server == record.candidate:
                 self._performer.spawn(record.dev_id, self._performer.ends.tell_end(record, server))

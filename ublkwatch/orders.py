@@ -90,11 +90,11 @@ def obey(record: Record, asked: Asked, now: float, policy: Policy) -> Step:
         case Order.HOLD:
             return _hold(record, asked, now, policy)
         case Order.RELEASE:
-            return release(record, now, policy)
+            return release(replace(record, asked_by=asked.by), now, policy)
         case Order.FORGET:
             return _forget(record, asked, now)
         case Order.RETRY | Order.RECOVER:
-            return _again(record, now, policy)
+            return _again(replace(record, asked_by=asked.by), now, policy)
 
 
 def _hold(record: Record, asked: Asked, now: float, policy: Policy) -> Step:

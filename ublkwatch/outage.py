@@ -11,9 +11,11 @@ from ublkwatch import attempt, orders, pace, verdict
 from ublkwatch.attempt import ATTEMPTING
 from ublkwatch.events import FindServer, InfoRead, ReadInfo, Watch
 from ublkwatch.model import (
+    UNKNOWN,
     Armed,
     Generation,
     Handoff,
+    Loss,
     Phase,
     Policy,
     Reason,
@@ -194,7 +196,7 @@ def adopt(record: Record, server: ServerId, now: float) -> Step:
 # --- the beginning and the end of an outage ------------------------------------------------------
 
 
-def lost(record: Record, now: float, policy: Policy, by: str) -> Step:
+def lost(record: Record, now: float, policy: Policy, by: str, how: str = UNKNOWN) -> Step:
     """Begin an outage: at once, or after grace, or not while the hands are bound."""
     if why := verdict.hands_off(record, policy):  # the rules have changed
         return _hands_off(record, why, now, policy), ()
@@ -206,6 +208,8 @@ def lost(record: Record, now: float, policy: Policy, by: str) -> Step:
         reason=Reason.GRACE,
         detail=ill.what if ill else "",
         detected_by=ill.kind.value if ill else by,
+        loss=Loss(record.ended if by == "pidfd" else record.server, ill.what if ill else how),
+        asked_by=record.asked_by if ill else "",
         attempts=0,
         decisions=0,
         failures=record.failures if ill else () if stable else recent,
@@ -221,12 +225,12 @@ def lost(record: Record, now: float, policy: Policy, by: str) -> Step:
 
 def _recovered(record: Record, now: float) -> Record:
     marks = dict(record.marks)
-    return replace(
+    return verdict.enter(
         record,
-        phase=Phase.WATCHING,
+        Phase.WATCHING,
+        now,
         reason=None,
         detail="",
-        since=now,
         wake=None,
         give_up_at=None,
         overdue=False,

@@ -74,6 +74,7 @@ from ublkwatch.events import (
 )
 from ublkwatch.model import (
     Handoff,
+    Loss,
     Phase,
     Policy,
     Reason,
@@ -285,9 +286,11 @@ def _on_exit(record: Record, event: ServerExited, now: float, policy: Policy) ->
     if event.server != record.server:
         return record, ()
     record = replace(record, server=None, ended=event.server)
+    if record.loss == Loss(event.server):  # it had let go of the device before it ended
+        record = replace(record, loss=Loss(event.server, event.how))
     match record.phase:
         case Phase.WATCHING:
-            return outage.lost(record, now, policy, "pidfd")
+            return outage.lost(record, now, policy, "pidfd", event.how)
         case Phase.PROBATION:
             return attempt.died_in_probation(record, event, now, policy)
         case Phase.DRAINING:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import select
 import signal
+import struct
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +25,11 @@ from ublkwatch.together import Together
 
 _NODE = "/dev/ublkc"
 _THREADS_MAX = 256  # watched at once: each is a descriptor
-_PIDFD_THREAD = os.O_EXCL  # include/uapi/linux/pidfd.h
+# include/uapi/linux/pidfd.h
+_PIDFD_THREAD = os.O_EXCL
+_PIDFD_GET_INFO = 0xC040FF0B  # _IOWR(0xFF, 11, struct pidfd_info), of 64 bytes
+_PIDFD_INFO_EXIT = 1 << 3  # since Linux 6.15
+_PIDFD_INFO = struct.Struct("=Q52xi")  # mask; exit_code
 
 
 def read_boot_id() -> str:
@@ -78,11 +84,12 @@ class Servers:
     def __init__(
         self,
         boot_id: str,
-        report: Callable[[ServerId], None],
+        report: Callable[[ServerId, int | None], None],
         thread_ended: Callable[[], None] = lambda: None,
     ) -> None:
         """``report`` is told, from the loop, of each watched process that has ended, once.
 
+        And how: its exit code, a signal's number below zero, or None where that cannot be known.
         ``thread_ended`` is called when a watched thread has: then is the time to look.
         """
         self._thread_ended = thread_ended
@@ -106,7 +113,7 @@ class Servers:
             return
         pidfd = self._open(server)
         if pidfd is None:
-            self._loop.call_soon(self._report, server)
+            self._loop.call_soon(self._report, server, None)
             return
         self._pidfds[server] = pidfd
         self._loop.add_reader(pidfd, self._exited, server)
@@ -197,9 +204,10 @@ class Servers:
     def _exited(self, server: ServerId) -> None:
         pidfd = self._pidfds.pop(server)
         self._loop.remove_reader(pidfd)
+        status = _exit_status(pidfd, server)
         os.close(pidfd)
         self._forget_threads(server)
-        self._report(server)
+        self._report(server, status)
 
 
 def identify(pid: int, boot_id: str) -> ServerId | None:
@@ -285,12 +293,35 @@ def _name(pid: int) -> str:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """Return field 22 of /proc/PID/stat; the command's name before it may hold anything."""
+    """Return field 22 of /proc/PID/stat."""
+    fields = _stat(pid)
+    return int(fields[22 - 3]) if fields else None
+
+
+def _stat(pid: int) -> list[bytes]:
+    """Return the fields of /proc/PID/stat from the third on: the name before may hold anything."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
-        return None
-    return int(stat[stat.rindex(b")") + 2 :].split()[19])
+        return []
+    return stat[stat.rindex(b")") + 2 :].split()
+
+
+def _exit_status(pidfd: int, server: ServerId) -> int | None:
+    """Return how a process ended whoever's child it was, as os.waitstatus_to_exitcode() does.
+
+    The kernel says so once its parent has waited for it (Linux 6.15), and /proc until then; there
+    0 may also mean that we may not look.
+    """
+    fields = _stat(server.pid)
+    if fields and int(fields[22 - 3]) == server.start_ticks and (status := int(fields[52 - 3])):
+        return os.waitstatus_to_exitcode(status)
+    answer = bytearray(_PIDFD_INFO.pack(_PIDFD_INFO_EXIT, 0))
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, answer)
+        mask, status = _PIDFD_INFO.unpack(answer)
+        return os.waitstatus_to_exitcode(status) if mask & _PIDFD_INFO_EXIT else None
+    return None
 
 
 def _ended(pidfd: int) -> bool:

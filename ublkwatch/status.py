@@ -1,17 +1,19 @@
-"""The status document, and its table. Pure.
+"""The status document, which page.py shows to people and other programs read. Pure.
 
-The document is what other programs read (``schema_version`` says how it is to be understood:
-within one number, keys are only added); the table is for people. Times are numbers in seconds.
+``schema_version`` says how it is to be understood: within one number, keys are only added;
+docs/schema/status.json has them all. Times are seconds since the epoch. What speaks of a time to
+come names it as {@SECONDS}, for the reader to count down.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
 from enum import Enum
 from typing import Any
 
+from ublkwatch import chronicle
+from ublkwatch.foretell import Times, due, following, remedy
 from ublkwatch.model import (
     Ailment,
     DevInfo,
@@ -21,6 +23,7 @@ from ublkwatch.model import (
     Reason,
     Record,
     RecoveryMode,
+    ServerId,
 )
 from ublkwatch.uapi import DevFlags, DevState
 
@@ -40,13 +43,12 @@ PROMISE = {
     RecoveryMode.FAIL_IO: "in flight: EIO; meanwhile: EREMOTEIO",
 }
 
-# The same for the table: what was in flight, what comes meanwhile.
-_SHORT = {
-    "none": "disk removed",
-    "recovery": "EIO, waits",
-    "reissue": "resent, waits",
-    "fail_io": "EIO, EREMOTEIO",
-}
+
+class _Later(Times):
+    """Times that the reader of the document counts down."""
+
+    def ahead(self, at: float) -> str:
+        return f"{{@{self.wall + at - self.now:.3f}}}"
 
 
 def state_name(state: DevState | int) -> str:
@@ -62,26 +64,37 @@ def document(  # noqa: PLR0913 - each by its name
     now: float,
     pid: int,
     generation: Generation = Generation.UNKNOWN,
+    interval_s: float | None = None,
+    name: Callable[[Record], str] = lambda _: "",
+    started_at: Callable[[ServerId], float | None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Return the status document of this moment; ``generation`` is the driver's."""
+    """Return the status document of this moment; ``generation`` is the driver's.
+
+    It is written anew every ``interval_s`` at least. ``name`` is the server's, for people, and
+    ``started_at`` the wall time at which a process was started.
+    """
     devices = [
-        _device(record, policy(record.dev_id), now, wall - now)
+        _device(record, policy(record.dev_id), Times(now, wall, str))
+        | _server(record, name, started_at)
         for record in sorted(records, key=lambda record: record.dev_id)
     ]
     return {
         "schema_version": SCHEMA_VERSION,
         "written_at": wall,
+        "written_every_s": interval_s,
         "supervisor_pid": pid,
         "generation": generation.name,
         "devices": devices,
     }
 
 
-def _device(record: Record, policy: Policy, now: float, offset: float) -> dict[str, Any]:
-    info = record.info
+def _device(record: Record, policy: Policy, times: Times) -> dict[str, Any]:
+    info, now, offset = record.info, times.now, times.wall - times.now
     mode = RecoveryMode.of(info.flags) if info else None
     stable = record.phase is Phase.WATCHING and now - record.since >= policy.stable_s
     recent = [at for at in record.failures if now - at <= policy.window_s and not stable]
+    cause, cause_detail = chronicle.cause(record) if record.marks else (None, None)
+    comes = due(record, policy)
     return {
         "dev_id": record.dev_id,
         "device": f"ublkb{record.dev_id}",
@@ -91,8 +104,13 @@ def _device(record: Record, policy: Policy, now: float, offset: float) -> dict[s
         "detail": record.detail or None,
         "explanation": explanation(record),
         "since": record.since + offset,
-        "next_at": record.wake + offset if record.phase is Phase.BACKOFF and record.wake else None,
-        "server_pid": record.server.pid if record.server else None,
+        "next_action": comes.what or None,
+        "next_at": None if comes.at is None else comes.at + offset,
+        "next_by": None if comes.by is None else comes.by + offset,
+        "outlook": [
+            each for each in following(record, policy, _Later(now, times.wall, str)) if each
+        ],
+        "remedy": remedy(record, policy) or None,
         "queues": info.nr_hw_queues if info else None,
         "depth": info.queue_depth if info else None,
         "flags": int(info.flags) if info else None,
@@ -100,6 +118,9 @@ def _device(record: Record, policy: Policy, now: float, offset: float) -> dict[s
         "io_while_down": PROMISE[mode] if mode else None,
         "recoveries": record.recoveries,
         "last_held_s": record.last_held_s,
+        "cause": cause,
+        "cause_detail": cause_detail,
+        "asked_by": record.asked_by or None,
         "detected_by": record.detected_by or None,
         "detected_at": record.marks[0][1] + offset if record.marks else None,
         "timeline": [[name, at - record.marks[0][1]] for name, at in record.marks],
@@ -116,15 +137,30 @@ def _device(record: Record, policy: Policy, now: float, offset: float) -> dict[s
     }
 
 
+def _server(
+    record: Record,
+    name: Callable[[Record], str],
+    started_at: Callable[[ServerId], float | None],
+) -> dict[str, Any]:
+    server, candidate = record.server, record.candidate
+    return {
+        "server_pid": server.pid if server else None,
+        "server_name": name(record) or None,
+        "server_started_at": started_at(server) if server else None,
+        "candidate_pid": candidate.pid if candidate and candidate != server else None,
+    }
+
+
 _PLAIN = Policy()
+_CHOICES = tuple(field.name for field in fields(Policy) if field.name not in _TRUTHS)
 
 
 def policy_document(policy: Policy) -> dict[str, Any]:
     """Return what an operator chose for a device, as far as it differs from the defaults."""
     return {
-        field.name: _plain(getattr(policy, field.name))
-        for field in fields(Policy)
-        if field.name not in _TRUTHS and getattr(policy, field.name) != getattr(_PLAIN, field.name)
+        name: _plain(getattr(policy, name))
+        for name in _CHOICES
+        if getattr(policy, name) != getattr(_PLAIN, name)
     }
 
 
@@ -195,46 +231,3 @@ def explanation(record: Record) -> str:
         held = f"held by {record.held_by or 'an operator'}"
         why = f"{why}; {held}" if why else f"{held}: a crash is not recovered"
     return why
-
-
-_COLUMNS = ("DEVICE", "STATE", "PHASE", "SERVER", "QUEUES", "I/O ON A CRASH", "RECOVERIES", "HELD")
-
-
-def table(status: dict[str, Any], *, running: bool, wall: float | None = None) -> str:
-    """Return the table for people, problems first; a summary line heads it."""
-    wall = time.time() if wall is None else wall
-    devices = sorted(status["devices"], key=lambda device: (is_well(device), device["dev_id"]))
-    watched = sum(map(is_well, devices))
-    head = f"{len(devices)} device{'s' * (len(devices) != 1)}, {watched} watched and LIVE"
-    if not running:
-        head += f"; ublkwatch is not running, this is {wall - status['written_at']:.0f} s old"
-    if not devices:
-        return head
-    rows = [_COLUMNS, *(_row(device) for device in devices)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    lines = [head, ""]
-    for device, row in zip([None, *devices], rows, strict=True):
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join(cells).rstrip())
-        if device and device["explanation"]:
-            lines.append(f"    {device['explanation']}")
-    return "\n".join(lines)
-
-
-def is_well(device: dict[str, Any]) -> bool:
-    """Tell whether a device of the document is watched, and nothing ails its server."""
-    return device["phase"] == "watching" and not device.get("ailment")
-
-
-def _row(device: dict[str, Any]) -> tuple[str, ...]:
-    held = device["last_held_s"]
-    return (
-        device["device"],
-        device["state"] or "?",
-        device["phase"],
-        str(device["server_pid"] or "-"),
-        f"{device['queues']}x{device['depth']}" if device["queues"] else "?",
-        _SHORT.get(device["recovery_mode"], "?"),
-        str(device["recoveries"]),
-        "-" if held is None else f"{held * 1000:.0f} ms",
-    )

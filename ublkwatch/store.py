@@ -17,12 +17,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from ublkwatch.care import Origin, Spec
 from ublkwatch.model import (
     Ailment,
     Armed,
     Illness,
+    Loss,
     Phase,
     QueueConfig,
     Reason,
@@ -33,6 +35,8 @@ from ublkwatch.trust import open_trusted
 
 _VERSION = 1
 _SPEC_VERSION = 2
+HISTORY_NAME = "history.sqlite"
+HISTORY_KINDS = ("recovery", "order")
 _HISTORY_MAX = 10_000
 _GARBAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # what reading it raises
 _log = logging.getLogger("ublkwatch")
@@ -78,7 +82,7 @@ class Store:
             raise StoreError(
                 f"{runtime_dir}/lock is held: another ublkwatch runs here; stop it first"
             ) from None
-        self._history = state_dir / "history.sqlite"
+        self._history = state_dir / HISTORY_NAME
 
     def close(self) -> None:
         """Let the next one in."""
@@ -135,16 +139,6 @@ class Store:
             )
             oldest = (cursor.lastrowid or 0) - _HISTORY_MAX
             db.execute("DELETE FROM recoveries WHERE id <= ?", (oldest,))
-
-    def load_history(self, kind: str = "recovery") -> list[dict[str, Any]]:
-        """Return the entries of a kind ("recovery" or "order"), oldest first."""
-        if not self._history.exists():
-            return []
-        with contextlib.closing(sqlite3.connect(self._history, timeout=10)) as db:
-            rows = db.execute("SELECT entry FROM recoveries ORDER BY id").fetchall()
-        entries = [json.loads(row[0]) for row in rows]
-        # There were recoveries before there were kinds.
-        return [entry for entry in entries if entry.get("kind", "recovery") == kind]
 
     def write_status(self, document: str) -> None:
         """Replace the status document, which everybody may read."""
@@ -226,6 +220,28 @@ def read_registrations(state_dir: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def read_history(state_dir: Path) -> list[dict[str, Any]]:
+    """Return all entries, oldest first, with their "id"; for who only wants to look.
+
+    PermissionError where the history is not for us; StoreError where it cannot be read.
+    """
+    path = state_dir / HISTORY_NAME
+    try:
+        path.open("rb").close()  # sqlite would not say why
+    except FileNotFoundError:
+        return []
+    try:
+        uri = f"file:{quote(str(path))}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True, timeout=10)) as db:
+            if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'recoveries'").fetchone():
+                return []  # it is being made just now
+            rows = db.execute("SELECT id, entry FROM recoveries ORDER BY id").fetchall()
+        # There were recoveries before there were kinds.
+        return [{"id": number, "kind": "recovery"} | json.loads(entry) for number, entry in rows]
+    except (sqlite3.Error, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+
+
 def replace_file(path: Path, content: str, mode: int = 0o600) -> None:
     """Write the file so that a reader sees the old content or the new, whole."""
     draft = path.with_name(f".{path.name}.new")
@@ -262,6 +278,7 @@ def _decode_record(content: dict[str, Any], version: int) -> Record:
             "server": ServerId(**content["server"]) if content["server"] else None,
             "candidate": ServerId(**content["candidate"]) if content["candidate"] else None,
             "ended": ServerId(**content["ended"]) if content.get("ended") else None,
+            "loss": _decode_loss(content["loss"]) if content.get("loss") else None,
             "ill": _decode_illness(content["ill"]) if content.get("ill") else None,
             "failures": tuple(content["failures"]),
             "marks": tuple((name, at) for name, at in content["marks"]),
@@ -271,6 +288,11 @@ def _decode_record(content: dict[str, Any], version: int) -> Record:
 
 def _decode_illness(content: dict[str, Any]) -> Illness:
     return Illness(**content | {"kind": Ailment[content["kind"]]})
+
+
+def _decode_loss(content: dict[str, Any]) -> Loss:
+    server = content["server"] and ServerId(**content["server"])
+    return Loss(**content | {"server": server})
 
 
 def _decode_registration(content: dict[str, Any], version: int) -> tuple[str, dict[str, Any]]:

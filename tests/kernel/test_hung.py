@@ -51,7 +51,7 @@ def test_a_server_that_is_stopped_is_found_and_forgotten_when_it_goes_on(
     assert ublkwatch(supervisor, "explain", "0") == Exit.OK
     assert "Next:    nothing by itself, as on_stall says" in capsys.readouterr().out
     assert ublkwatch(supervisor, "status") == Exit.UNHEALTHY
-    assert capsys.readouterr().out.startswith("1 device, 0 watched and LIVE")
+    assert capsys.readouterr().out.startswith("1 device: 1 in trouble\n")
     os.kill(pid, signal.SIGCONT)
     supervisor.until("it is well again", ailment=None)
     load.wait_progress()

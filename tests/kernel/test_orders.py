@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import DEADLINE_S, wait_until
@@ -60,6 +62,10 @@ def test_a_held_device_waits_until_it_is_released_and_loses_nothing(
         told = capsys.readouterr().out
         assert f"Held:    by {shown['held_by']}, until it is released" in told
         assert "Next:    nothing: it waits for `ublkwatch release 0`" in told
+        assert ublkwatch(supervisor, "status", "-x") == Exit.UNHEALTHY
+        told = capsys.readouterr().out
+        assert told.startswith("1 device: 1 in trouble\n")
+        assert "\n    do:   `ublkwatch release 0`\n" in told
         assert not read.done
         assert tagged() == set()
         assert control.info(0).state == DevState.QUIESCED
@@ -71,6 +77,47 @@ def test_a_held_device_waits_until_it_is_released_and_loses_nothing(
     reader.report()
     assert ublkwatch(supervisor, "retry", "0") == Exit.REFUSED
     assert "release, asked by uid 0 (root), pid " in supervisor.said()
+    told_of_the_past(supervisor, capsys, before)
+
+
+def told_of_the_past(
+    supervisor: Supervisor, capsys: pytest.CaptureFixture[str], before: dict[str, Any]
+) -> None:
+    """See that page, history and events agree about one recovery that was held and released."""
+    capsys.readouterr()
+    assert ublkwatch(supervisor, "status", "ublkb0") == Exit.OK
+    page = capsys.readouterr().out
+    with capsys.disabled():
+        print(page)
+    assert page.startswith("ublkb0: well; watching, LIVE, for ")
+    assert re.search(r"^  Server  python\S*, pid \d+, up [\d.]+ s, since 20", page, re.MULTILINE)
+    assert "noticed by pidfd; cause: SIGKILL; 1 attempt;" in page
+    assert re.search(r"^    \+ +[\d,]+ ms  attaching  took [\d,]+ ms$", page, re.MULTILINE)
+    wait_until(lambda: bool(recoveries(supervisor, capsys)), DEADLINE_S, "the history has it")
+    (entry,) = recoveries(supervisor, capsys)
+    assert (entry["result"], entry["cause"], entry["lost_pid"]) == (
+        *("success", "signal"),
+        before["server_pid"],
+    )
+    assert entry["asked_by"].startswith("uid 0 (root), pid ")
+    phases = [each["phase"] for each in entry["phases"]]
+    assert phases == ["held", "draining", "starting", "attaching", "probation"]
+    assert entry["took_s"] == pytest.approx(sum(each["took_s"] for each in entry["phases"]))
+    assert ublkwatch(supervisor, "history") == Exit.OK
+    with capsys.disabled():
+        print(capsys.readouterr().out)
+    assert ublkwatch(supervisor, "events", "--json", "--limit", "0") == Exit.OK
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    went = [each["to"] for each in events if each["kind"] == "transition"]
+    assert went[-6:] == [*phases, "watching"]
+    assert {each["order"] for each in events if each["kind"] == "order"} >= {"hold", "release"}
+    assert events[0]["kind"] == "started"
+
+
+def recoveries(supervisor: Supervisor, capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    assert ublkwatch(supervisor, "history", "0", "--json") == Exit.OK
+    entries = json.loads(capsys.readouterr().out)["history"]
+    return [entry for entry in entries if entry["kind"] == "recovery"]
 
 
 @pytest.mark.usefixtures("no_block_errors")
@@ -89,6 +136,13 @@ def test_a_device_that_was_given_up_comes_back_when_the_cause_is_mended_and_it_i
         wait_until(read.waits, DEADLINE_S, "the read waits")
         assert ublkwatch(supervisor, "explain", "0") == Exit.OK
         assert "nothing by itself: it waits for `ublkwatch retry 0`" in capsys.readouterr().out
+        assert ublkwatch(supervisor, "status") == Exit.UNHEALTHY
+        page = capsys.readouterr().out
+        with capsys.disabled():
+            print(page)
+        assert re.search(r"^ublkb0 +QUIESCED +failed +- +.* 0 +you$", page, re.MULTILINE)
+        assert "\n    why:  the server ended before it was ready (exit status " in page
+        assert "\n    do:   `ublkwatch retry 0`\n" in page
         assert ublkwatch(supervisor, "retry", "0") == Exit.OK
         supervisor.recovered(before)
         assert read.outcome() == 0

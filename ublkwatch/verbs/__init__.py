@@ -7,7 +7,9 @@ import fcntl
 import json
 import os
 import re
+import select
 import sys
+import time
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,18 @@ def seconds(text: str, at_most: float = 30 * 86400) -> float:
     if not 0 < value <= at_most:
         raise argparse.ArgumentTypeError(f"{text!r} is no time; write 90s, 30m, 2h or up to 30d")
     return value
+
+
+def clock(wall: float) -> str:
+    """Write a wall time, for people."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall))
+
+
+def pause(seconds: float) -> bool:
+    """Wait; return False, at once, where nobody reads our output any more."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)  # errors are told always
+    return not output.poll(seconds * 1000)
 
 
 def document_of(settings: Config) -> dict[str, Any]:

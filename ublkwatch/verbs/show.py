@@ -1,6 +1,6 @@
-"""`ublkwatch status` and `ublkwatch explain`: what is, read from the files of the daemon.
+"""`ublkwatch status`: the devices, read from the daemon's document; also while that is down.
 
-They work without the daemon, and say that it is down.
+Nothing heavy is imported here: this is asked for when a machine is in trouble.
 """
 
 from __future__ import annotations
@@ -8,100 +8,196 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import signal
+import sys
 import time
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
-from ublkwatch import config, explain, foretell, status
-from ublkwatch.model import Generation, Phase, Policy, Reason, Record
-from ublkwatch.verbs import Exit, document_of, locked, say
+from ublkwatch import config, page, sheet
+from ublkwatch.config import Config
+from ublkwatch.verbs import Exit, clock, dev_id_of, document_of, locked, pause, say
+
+_WATCH_S = 2.0
+_HIDE, _SHOW = "\x1b[?25l\x1b[?7l\x1b[2J", "\x1b[?25h\x1b[?7h"  # the cursor, and long lines' rest
+_HOME, _LINE_END, _PAGE_END = "\x1b[H", "\x1b[K\n", "\x1b[J"
 
 
-def add(verbs: Any, shared: argparse.ArgumentParser, device: argparse.ArgumentParser) -> None:
-    """Add these verbs to the command line."""
-    show = verbs.add_parser("status", parents=[shared], help="show the devices")
-    show.add_argument("--json", action="store_true", help="the status document, for programs")
+class _NothingToShowError(Exception):
+    """Why there is no page: what ends us with which code."""
+
+    def __init__(self, code: Exit, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def add(verbs: Any, shared: argparse.ArgumentParser) -> None:
+    """Add this verb to the command line."""
+    show = verbs.add_parser(
+        "status",
+        parents=[shared],
+        help="show the devices",
+        description="Shows the devices, problems first, each with what to do about it. Below NEXT, "
+        "<9s means: within 9 s, or it is given up; you: it waits for you.",
+    )
+    show.add_argument(
+        "dev_ids",
+        type=dev_id_of,
+        nargs="*",
+        metavar="DEV",
+        help="all about these devices: N, ublkbN",
+    )
+    show.add_argument(
+        *("-o", "--output"),
+        choices=("wide", "json", "jsonl", "name"),
+        help="wide: all columns; the others are for programs (docs/schema/status.json)",
+    )
+    show.add_argument(
+        "--json", dest="output", action="store_const", const="json", help="the same as -o json"
+    )
+    show.add_argument(
+        *("-x", "--unhealthy"), action="store_true", help="only devices that are not well"
+    )
+    show.add_argument(
+        "--watch",
+        type=_interval,
+        nargs="?",
+        const=_WATCH_S,
+        metavar="SECONDS",
+        help=f"show it again and again, until Ctrl-C; every {_WATCH_S:g} s",
+    )
     show.set_defaults(verb=_status)
-    tell = verbs.add_parser("explain", parents=[shared, device], help="say all about a device")
-    tell.set_defaults(verb=_explain)
+
+
+def _interval(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.1 <= value <= 3600:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no time from 0.1 to 3600 s; a device goes before --watch"
+        )
+    return value
 
 
 def _status(arguments: argparse.Namespace) -> int:
     settings = config.load(arguments.config)
+    if arguments.watch is not None:
+        return _watch(lambda: _page(settings, arguments)[0], arguments.watch)
+    try:
+        text, code = _page(settings, arguments)
+    except _NothingToShowError as error:
+        return say(error.code, str(error))
+    if text:
+        print(text)
+    return code
+
+
+def _page(settings: Config, arguments: argparse.Namespace) -> tuple[str, Exit]:
+    """Return the page of this moment, and how who asked for it once should end."""
+    document = _document(settings)
+    running = locked(settings.runtime_dir / "lock")
+    devices = document["devices"]
+    if arguments.dev_ids:
+        devices = [_found(devices, dev_id, running=running) for dev_id in arguments.dev_ids]
+    healthy = all(map(page.is_healthy, devices))
+    code = Exit.NOT_RUNNING if not running else Exit.OK if healthy else Exit.UNHEALTHY
+    text = _text(document | {"devices": devices, "running": running}, arguments)
+    return text, code
+
+
+def _text(document: dict[str, Any], arguments: argparse.Namespace) -> str:
+    devices = document["devices"]
+    if arguments.unhealthy and arguments.output in ("json", "jsonl", "name"):
+        devices = [device for device in devices if not page.is_healthy(device)]
+    match arguments.output:
+        case "json":
+            return json.dumps(document | {"devices": devices}, indent=2)
+        case "jsonl":
+            return "\n".join(map(json.dumps, devices))
+        case "name":
+            return "\n".join(device["device"] for device in devices)
+    tty = sys.stdout.isatty()
+    reader = page.Reader(
+        time.time(),
+        running=document["running"],
+        width=None if arguments.output == "wide" else _size()[0],
+        colour=tty and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb",
+        clock=clock,
+    )
+    if arguments.dev_ids and not arguments.unhealthy and not arguments.output:
+        return "\n\n".join(sheet.details(device, document, reader) for device in devices)
+    return page.overview(document, reader, unhealthy_only=arguments.unhealthy)
+
+
+def _document(settings: Config) -> dict[str, Any]:
     path = settings.runtime_dir / "status.json"
     try:
-        document = document_of(settings)
+        return document_of(settings)
     except FileNotFoundError:
-        return say(Exit.NOT_RUNNING, f"{path}: ublkwatch is not running, and has not been")
-    except (OSError, ValueError) as error:
-        return say(Exit.FAILED, f"{path}: {error}")
-    running = locked(settings.runtime_dir / "lock")
-    if arguments.json:
-        print(json.dumps(document | {"running": running}, indent=2))
-    else:
-        print(status.table(document, running=running))
-    if not running:
-        return Exit.NOT_RUNNING
-    devices = document["devices"]
-    healthy = all(status.is_well(device) or device["phase"] == "observed" for device in devices)
-    return Exit.OK if healthy else Exit.UNHEALTHY
-
-
-def _explain(arguments: argparse.Namespace) -> int:
-    from ublkwatch.store import StoreError, read_record  # noqa: PLC0415 - as in _run()
-
-    settings, dev_id = config.load(arguments.config), arguments.dev_id
-    running = locked(settings.runtime_dir / "lock")
-    try:
-        record = read_record(settings.runtime_dir, dev_id)
+        message = f"{path}: ublkwatch is not running, and has not been; start `ublkwatch run`"
+        raise _NothingToShowError(Exit.NOT_RUNNING, message) from None
     except PermissionError as error:
-        return say(Exit.NO_PERMISSION, f"explain ublkb{dev_id}: {error.filename}: try sudo")
-    except StoreError as error:
-        return say(Exit.FAILED, f"explain ublkb{dev_id}: {error}")
-    document: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):  # the record says what matters
-        document = document_of(settings)
-    if record is None or not record.instance.startswith(f"{_boot_id()}/"):
-        if not running:
-            return say(Exit.NOT_RUNNING, f"ublkb{dev_id}: unknown, and ublkwatch is not running")
-        hint = "`ublkwatch status` shows the devices that are"
-        return say(Exit.REFUSED, f"ublkb{dev_id}: no such device is known; {hint}")
-    record = _completed(record, document)
-    times = foretell.Times(time.monotonic(), time.time(), _clock)
-    policy = _policy(dev_id, document)
-    written_at = document.get("written_at")
-    print(explain.explain(record, policy, times, running=running, written_at=written_at))
-    return Exit.OK if running else Exit.NOT_RUNNING
+        message = f"{path}: {error.strerror}; try sudo"
+        raise _NothingToShowError(Exit.NO_PERMISSION, message) from None
+    except (OSError, ValueError) as error:
+        raise _NothingToShowError(Exit.FAILED, f"{path}: {error}") from error
 
 
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+def _found(devices: list[dict[str, Any]], dev_id: int, *, running: bool) -> dict[str, Any]:
+    for device in devices:
+        if device["dev_id"] == dev_id:
+            return device
+    code = Exit.REFUSED if running else Exit.NOT_RUNNING
+    hint = "`ublkwatch status` shows those that are" if running else "and ublkwatch is not running"
+    raise _NothingToShowError(code, f"ublkb{dev_id}: no such device is known; {hint}")
 
 
-def _clock(wall: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(wall))
+def _size() -> tuple[int, int]:
+    """Return how wide and high pages may be: a terminal's size, else 80 columns."""
+    try:
+        columns, lines = os.get_terminal_size(sys.stdout.fileno())
+    except OSError:
+        columns, lines = 0, 0
+    return columns or 80, lines or 24
 
 
-def _policy(dev_id: int, document: dict[str, Any]) -> Policy:
-    """Return the device's policy as the daemon that wrote the document has it."""
-    known = Generation.__members__.get(document.get("generation", ""), Generation.UNKNOWN)
-    devices = document.get("devices", [])
-    care = next((each.get("care") for each in devices if each["dev_id"] == dev_id), None)
-    return replace(status.policy_from(care), generation=known)
+# --- again and again -----------------------------------------------------------------------------
 
 
-def _completed(record: Record, document: dict[str, Any]) -> Record:
-    """Add what is not saved with a record: the kernel's answer, and that our code failed."""
-    for device in document.get("devices", []):
-        if device["dev_id"] == record.dev_id:
-            record = replace(record, info=status.info_from(device))
-            if device["reason"] == Reason.INTERNAL_ERROR.name:
-                record = replace(
-                    record,
-                    phase=Phase.FAILED,
-                    reason=Reason.INTERNAL_ERROR,
-                    detail=device.get("detail") or "",
-                    wake=None,
-                )
-    return record
+def _watch(page_now: Callable[[], str], every_s: float) -> Exit:
+    """Show the page until Ctrl-C, SIGTERM, or until nobody reads: in place, on a terminal."""
+    tty = sys.stdout.isatty()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if tty:
+            sys.stdout.write(_HIDE)
+        while True:
+            try:
+                text = page_now()
+            except _NothingToShowError as error:
+                text = str(error)
+            sys.stdout.write(_in_place(text) if tty else f"{text}\n\n")
+            sys.stdout.flush()
+            if not pause(every_s):
+                return Exit.OK
+    except KeyboardInterrupt:
+        return Exit.OK
+    finally:
+        if tty:
+            with contextlib.suppress(OSError):  # it went away
+                os.write(sys.stdout.fileno(), _SHOW.encode())
+
+
+def _in_place(text: str) -> str:
+    """Return what puts a page in the place of the last one, as far as it fits."""
+    lines, room = text.split("\n"), _size()[1] - 1
+    if len(lines) > room:
+        lines = [*lines[: room - 1], f"... {len(lines) - room + 1} more lines"]
+    return _HOME + "".join(line + _LINE_END for line in lines) + _PAGE_END
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
