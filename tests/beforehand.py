@@ -73,7 +73,7 @@ async def look(servers: server.Servers) -> None:
     await within(servers.holders("/dev/ublkc0"))
 
 
-async def main(home: Path) -> None:
+async def main(home: Path) -> None:  # noqa: PLR0915 - a recovery has as many steps
     (home / "run").mkdir()
     ready = asyncio.Event()
     asyncio.get_running_loop().set_default_executor(Apart())

@@ -280,6 +280,13 @@ BAD, WARN, UNSEEN = Level.BAD, Level.WARN, Level.UNSEEN
             "attempt 3-1-2 is over, and its processes live: 50 51",
             "kill 50 51",
         ),
+        (
+            lambda facts: replace(facts, sited=("the state directory /s is on ext4, on ublkb3",)),
+            BAD,
+            "placement",
+            "the state directory /s is on ext4, on ublkb3: lost with",
+            "move it to another disk",
+        ),
         (lambda facts: replace(facts, blind=True), UNSEEN, "servers", "cannot be seen", "as root"),
     ],
 )

@@ -110,7 +110,7 @@ LAYERS: dict[str, set[str]] = {
     },
     "examined": {
         *("async_ring", "checking", "client", "config", "ctrl", "discover", "finding", "model"),
-        *("server", "settings", "uapi", "units", "wire"),
+        *("server", "settings", "siting", "uapi", "units", "wire"),
     },
     "doctor": {"", "driver", "examined", "finding", "kernels", "model", "uapi"},
     "stopping": {"model", "uapi", "usage", "wire"},

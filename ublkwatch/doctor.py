@@ -287,6 +287,15 @@ def strays(facts: Facts) -> Iterator[Finding]:
         yield _ok("servers", "none that ublkwatch started serves nothing")
 
 
+def sited(facts: Facts) -> Iterator[Finding]:
+    """Look for what ublkwatch itself needs, and would have to bring back first."""
+    for what in facts.sited:
+        fix = "move it to another disk; docs/safety.md says what may happen"
+        yield Finding(Level.BAD, "placement", f"{what}: lost with that device's server", fix)
+    if not facts.sited:
+        yield _ok("placement", "nothing that ublkwatch needs lies on a ublk device")
+
+
 Check = Callable[[Facts], Iterator[Finding]]
 CHECKS: tuple[Check, ...] = (
     kernel,
@@ -303,7 +312,7 @@ CHECKS: tuple[Check, ...] = (
     daemon,
     devices,
     strays,
-    # What of ours lies on ublk devices is to be a check here, by what siting makes of it.
+    sited,
 )
 
 

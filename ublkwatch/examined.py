@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ublkwatch import checking, config, discover, server
+from ublkwatch import checking, config, discover, server, siting
 from ublkwatch.async_ring import AsyncRing
 from ublkwatch.client import Client
 from ublkwatch.config import Config
@@ -44,6 +44,7 @@ class Facts:
     age: str = ""  # the daemon's, for people
     tagged: Mapping[str, set[int]] = field(default_factory=dict)  # processes, by attempt
     serving: frozenset[int] = frozenset()  # who has a character device open
+    sited: tuple[str, ...] = ()  # what of ours lies on ublk devices, in words
     blind: bool = False  # others' processes cannot be looked into
     wall: float = 0.0
 
@@ -76,6 +77,9 @@ async def look(path: Path | None, document: Mapping[str, Any], *, running: bool)
         age=_age(int(document.get("supervisor_pid", 0))),
         tagged={tag: {each.pid for each in found} for tag, found in tagged.items()},
         serving=frozenset(pid for pids in server.open_nodes().values() for pid in pids),
+        sited=tuple(map(str, siting.own(settings, path or config.DEFAULT_PATH)))
+        if settings
+        else (),
         blind=os.geteuid() != 0,
         wall=time.time(),
     )

@@ -24,7 +24,7 @@ def check_own(settings: Config, file: Path, root: Path = Path("/")) -> None:
 
     PlacementError. To be called before any of it is touched; ``root`` as findings() has it.
     """
-    found = own(settings, file, root)
+    found = own(settings, file, root, log=2)
     if found and settings.placement == "refuse":
         raise PlacementError(
             f"{'; '.join(map(str, found))}: when that device's server is lost, ublkwatch would "
@@ -35,8 +35,10 @@ def check_own(settings: Config, file: Path, root: Path = Path("/")) -> None:
         _log.warning("%s: should that device's server be lost, ublkwatch may hang with it", each)
 
 
-def own(settings: Config, file: Path, root: Path = Path("/")) -> list[Finding]:
-    """Return what of our own lies on ublk devices, swap included; for `run`, and to be shown."""
+def own(
+    settings: Config, file: Path, root: Path = Path("/"), *, log: int | None = None
+) -> list[Finding]:
+    """Return what of our own lies on ublk devices, swap included; ``log`` is a descriptor."""
     files: dict[str, str | int] = {
         "the state directory": str(settings.state_dir),
         "the runtime directory": str(settings.runtime_dir),
@@ -45,8 +47,9 @@ def own(settings: Config, file: Path, root: Path = Path("/")) -> list[Finding]:
         "the interpreter's library": str(Path(os.__file__).parent),
         "the packages": sysconfig.get_path("purelib"),
         "the program": str(Path(__file__).parent),
-        "the log": 2,
     }
+    if log is not None:
+        files["the log"] = log
     return findings(files, root, swap=True)
 
 

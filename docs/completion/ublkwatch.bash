@@ -25,18 +25,16 @@ _ublkwatch() {
         [[ -z $verb && ${COMP_WORDS[i]} != -* ]] && verb=${COMP_WORDS[i]}
     done
     case $prev in
+        --output|-o) mapfile -t COMPREPLY < <(compgen -W 'wide json jsonl name' -- "$cur"); return ;;
         --config|--report) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
-        --attach|--cwd|--env|--exe|--for|--group|--handoff|--limit|--name|--policy|--process|--profile|--reason|--rounds|--set|--tag|--timeout|--unit|--user) return ;;
+        --attach|--cwd|--env|--exe|--for|--group|--handoff|--limit|--name|--policy|--process|--profile|--reason|--rounds|--set|--since|--tag|--timeout|--unit|--user) return ;;
     esac
     case $verb in
-        '') options='run status explain register unregister reload registered hold release retry recover forget stop drill doctor features version check-config --version --help' ;;
-        run) options='--config --verbose --help' takes='' ;;
-        status) options='--config --json --help' takes='' ;;
+        '') options='status explain history events hold release retry recover forget stop drill register unregister reload registered doctor features version check-config run --version --help' ;;
+        status) options='--config -o --output --json -x --unhealthy --watch --help' takes='devices' ;;
         explain) options='--config --help' takes='devices' ;;
-        register) options='--config --name --exe --process --tag --handoff --attach --user --cwd --profile --unit --group --accept-delete-on-failure --env --limit --policy --set --reason --dry-run --help' takes='devices' ;;
-        unregister) options='--config --reason --dry-run --help' takes='registrations' ;;
-        reload) options='--config --reason --dry-run --help' takes='' ;;
-        registered) options='--config --json --help' takes='' ;;
+        history) options='--config --limit --json --since --help' takes='devices' ;;
+        events) options='--config --limit --json --follow -f --help' takes='devices' ;;
         hold) options='--config --reason --dry-run --for --help' takes='devices' ;;
         release) options='--config --reason --dry-run --help' takes='devices' ;;
         retry) options='--config --reason --dry-run --help' takes='devices' ;;
@@ -44,10 +42,15 @@ _ublkwatch() {
         forget) options='--config --reason --dry-run --yes --help' takes='devices' ;;
         stop) options='--config --force --reason --dry-run --yes --help' takes='devices' ;;
         drill) options='--config --rounds --scratch --although-in-use --report --timeout --reason --dry-run --yes --help' takes='devices' ;;
+        register) options='--config --name --exe --process --tag --handoff --attach --user --cwd --profile --unit --group --accept-delete-on-failure --env --limit --policy --set --reason --dry-run --help' takes='devices' ;;
+        unregister) options='--config --reason --dry-run --help' takes='registrations' ;;
+        reload) options='--config --reason --dry-run --help' takes='' ;;
+        registered) options='--config --json --help' takes='' ;;
         doctor) options='--config --json --help' takes='' ;;
         features) options='--config --json --help' takes='' ;;
         version) options='--config --json --help' takes='' ;;
         check-config) options='--config --json --help' takes='files' ;;
+        run) options='--config --verbose --help' takes='' ;;
         *) return ;;
     esac
     if [[ -z $verb || $cur == -* ]]; then

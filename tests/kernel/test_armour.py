@@ -21,8 +21,9 @@ from stack import Stack, tool
 from supervisor import Supervisor, worker_of
 
 import ublkwatch
-from ublkwatch import admin
+from ublkwatch.client import Client
 from ublkwatch.model import Order
+from ublkwatch.wire import Request
 
 if TYPE_CHECKING:
     from conftest import Servers
@@ -117,7 +118,7 @@ class Inside(Supervisor):
 
     def ask(self, order: Order) -> None:
         """Give an order; not by the command, whose new Python takes memory."""
-        assert admin.ask(self.home / "run", admin.Request(order, 0)) == ""
+        assert Client(self.home / "run").ask(Request(order, 0)).why == ""
 
 
 @pytest.mark.timeout(600)
