@@ -30,6 +30,7 @@ CLIENT_S = 2.0
 TAKE_S = 0.2
 PATIENCE_S = 25.0
 KEYS = ("for_s", "reason", "dry_run", "force", "name", "table")
+VERBS = [*(order.value for order in Order), "stop", "drill", "register", "reload", "version"]
 HOLD = {"version": 1, "order": "hold", "dev_id": 3}
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -384,12 +385,22 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+# Near to a wish of every kind: what is wrong with it is a key, or a value.
+near_values = json_values | st.sampled_from([True, False, 3, "x", "vms", {"dev_id": 3}, 0.5])
+near_wishes = st.builds(
+    lambda verb, values: json.dumps({"version": 1, "order": verb} | values).encode() + b"\n",
+    st.sampled_from(VERBS),
+    st.dictionaries(st.sampled_from(["dev_id", *KEYS]), near_values, max_size=4),
+)
+
+
+@settings(max_examples=400, deadline=None)
 @given(
     st.binary(max_size=200)
     | st.dictionaries(st.sampled_from([*HOLD, *KEYS, "x"]), json_values).map(
         lambda changes: line(**changes)
     )
+    | near_wishes
 )
 def test_whatever_is_written_is_an_order_or_refused_with_words(raw: bytes) -> None:
     try:

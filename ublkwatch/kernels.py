@@ -1,6 +1,7 @@
-"""Kernels whose ublk_drv or io_uring is known to be bad, by version: docs/kernel.md. Pure.
+"""Kernels whose ublk_drv or io_uring is known to be bad, by version. Pure.
 
-A version is a hint: distributions mend older ones, and some of them do not say so in its number.
+Taken from changelogs, advisories and reports; only few of these kernels were booted by us. A
+version is a hint: distributions mend older ones, and some of them do not say so in its number.
 How the driver behaves is told by its features; this is about bugs, which have no bit.
 """
 
