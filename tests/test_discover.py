@@ -65,9 +65,13 @@ def test_two_boots_are_two_instances_of_the_same_number(sysfs: Path) -> None:
 def test_traffic_is_what_is_in_flight_and_what_was_completed_of_every_kind(sysfs: Path) -> None:
     disk = sysfs / "block/ublkb0"
     (disk / "inflight").write_text("       2        3\n")
-    counts = [100, 0, 0, 0, 20, 0, 0, 0, 5, 999, 999, 3, 0, 0, 0, 1, 0]
+    counts = [100, 0, 0, 0, 20, 0, 0, 0, 6, 999, 999, 3, 0, 0, 0, 1, 0]
     (disk / "stat").write_text("".join(f"{count:9}" for count in counts) + "\n")
-    assert discover.traffic(0, sysfs) == Traffic(5, 124)
+    assert discover.traffic(0, sysfs) == Traffic(6, 124, parked=1)
+    (disk / "inflight").write_text("       5        3\n")  # a moment later
+    assert discover.traffic(0, sysfs) == Traffic(6, 124, parked=0)
+    (disk / "stat").write_text("\n")
+    assert discover.traffic(0, sysfs) is None
 
 
 def test_a_device_without_a_disk_has_no_traffic(sysfs: Path) -> None:

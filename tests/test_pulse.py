@@ -31,7 +31,7 @@ from ublkwatch.model import (
 from ublkwatch.perform import Edges, Threads
 from ublkwatch.pulse import Pulse
 from ublkwatch.symptoms import Thread
-from ublkwatch.uapi import DevState
+from ublkwatch.uapi import DevFlags, DevState
 
 POLL_S = 1.0
 SLEEPS = Thread("worker", "S", 0.0, "io_cqring_wait", exiting=False)
@@ -351,6 +351,18 @@ def test_what_it_declares_is_asked_for_until_it_is_said_but_not_for_ever() -> No
         assert ward.asked <= 9
 
     assert ward.live(story) == []
+
+
+def test_what_waits_behind_a_quiesce_is_a_stall_too_and_said_to_be() -> None:
+    flags = INFO.flags | DevFlags.QUIESCE
+    ward = Ward(replace(RECORD, info=replace(INFO, flags=flags)), traffic=Traffic(3, 7, parked=3))
+
+    async def story(pulse: Pulse) -> None:
+        await ward.polls(pulse, 35)
+
+    ward.live(story)
+    [event] = stalls(ward)
+    assert event.what.startswith("process 100: a QUIESCE_DEV that has not finished may keep")
 
 
 def test_the_threads_of_a_stalled_server_that_are_gone_are_named() -> None:

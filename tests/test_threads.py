@@ -16,6 +16,7 @@ import pytest
 from patience import until
 
 from ublkwatch import symptoms, threads
+from ublkwatch.model import Traffic
 from ublkwatch.server import Servers, read_boot_id
 from ublkwatch.symptoms import Thread
 
@@ -176,6 +177,23 @@ def test_a_pidfd_tells_of_a_threads_end() -> None:
 )
 def test_the_cause_in_words(second: dict[int, Thread], says: str) -> None:
     assert symptoms.cause({}, {7: ASLEEP}, second, 0.5) == says
+
+
+@pytest.mark.parametrize(
+    ("traffic", "quiesces", "says"),
+    [
+        (Traffic(3, 7, parked=3), True, "a QUIESCE_DEV that has not finished"),
+        (Traffic(3, 7, parked=1), True, ""),
+        (Traffic(3, 7), True, ""),
+        (Traffic(3, 7, parked=3), False, ""),
+    ],
+)
+def test_a_quiesce_that_does_not_finish_is_named_where_there_can_be_one(
+    traffic: Traffic, says: str, *, quiesces: bool
+) -> None:
+    said = symptoms.kept_back(traffic, quiesces=quiesces)
+    assert said.startswith(says)
+    assert bool(said) == bool(says)
 
 
 def test_causes_are_told_together_and_many_threads_are_counted() -> None:

@@ -94,8 +94,9 @@ class QueueConfig:
 class Traffic:
     """What the block layer counts of a disk: /sys/block/*/inflight and stat (its documentation)."""
 
-    inflight: int  # requests that its server has
+    inflight: int  # requests that were begun and wait for their end
     completed: int  # requests ever, however they ended
+    parked: int = 0  # of those in flight, the ones that the driver does not count among its own
 
 
 # --- what we make of it --------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ublkwatch.events import Event, ServerAils, ServerWell
 from ublkwatch.model import Ailment, DevInfo, Phase, Policy, Record, ServerId
 from ublkwatch.perform import Edges
 from ublkwatch.symptoms import Flow, Thread
-from ublkwatch.uapi import DevState
+from ublkwatch.uapi import DevFlags, DevState
 
 _log = logging.getLogger("ublkwatch")
 
@@ -99,7 +99,7 @@ class Pulse:
             if again or record.ill is None or stalled:
                 self._attend(dev_id, patient, self._find_lost(dev_id, patient))
         elif timeout_s and still_s >= timeout_s and again:
-            self._attend(dev_id, patient, self._find_cause(dev_id, patient, now - still_s))
+            self._attend(dev_id, patient, self._find_cause(record, patient, now - still_s))
         elif not patient.declared and now >= patient.ask_at and record.info is not None:
             pause_s = 1 << patient.asked
             patient.ask_at = now + pause_s if pause_s <= _ASK_MAX_S else float("inf")
@@ -139,8 +139,9 @@ class Pulse:
             what = f"of process {patient.server.pid}: thread {tids}"
             self._tell(dev_id, patient, Ailment.DEAD_QUEUE, what, self._edges.clock())
 
-    async def _find_cause(self, dev_id: int, patient: _Patient, since: float) -> None:
+    async def _find_cause(self, record: Record, patient: _Patient, since: float) -> None:
         """Tell of a stall, and what its threads do meanwhile."""
+        dev_id, info = record.dev_id, record.info
         before, first = patient.flow, await self._look(patient)
         await asyncio.sleep(_GAP_S)
         second, traffic = await self._look(patient), self._edges.traffic(dev_id)
@@ -148,7 +149,9 @@ class Pulse:
             return
         if second and traffic.completed == before.completed:
             cause = symptoms.cause(patient.names, first, second, _GAP_S)
-            what = f"process {patient.server.pid}: {cause}"
+            quiesces = info is not None and DevFlags.QUIESCE in DevFlags(info.flags)
+            kept_back = symptoms.kept_back(traffic, quiesces=quiesces)
+            what = f"process {patient.server.pid}: {kept_back}{cause}"
             self._tell(dev_id, patient, Ailment.STALL, what, since)
 
     async def _look(self, patient: _Patient) -> dict[int, Thread]:

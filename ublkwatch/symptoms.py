@@ -84,6 +84,16 @@ def cause(
     return "; ".join(said)
 
 
+def kept_back(traffic: Traffic, *, quiesces: bool) -> str:
+    """Say what may keep requests from the server; "" where it has some, or nothing can.
+
+    ``quiesces``: the device has UBLK_F_QUIESCE. Flushes that wait look the same.
+    """
+    if quiesces and traffic.inflight == traffic.parked:
+        return "a QUIESCE_DEV that has not finished may keep the requests from it; "
+    return ""
+
+
 def _in_state(threads: Mapping[int, Thread], states: str) -> dict[int, Thread]:
     return {tid: thread for tid, thread in threads.items() if thread.state in states}
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,6 +59,22 @@ def test_a_server_that_is_stopped_is_found_and_forgotten_when_it_goes_on(
     load.report()
     after = supervisor.watching()
     assert (after["recoveries"], after["server_pid"]) == (0, pid)
+
+
+@pytest.mark.usefixtures("no_block_errors")
+def test_a_flush_that_hangs_alone_is_a_stall(server: Servers, watch: Watch) -> None:
+    """It is in no count of /sys/block/ublkb0/inflight."""
+    pid = server(target="loop", size="16M").pid
+    supervisor = watch({0: "loop"}, "stall_timeout_s = 2")
+    supervisor.watching()
+    os.kill(pid, signal.SIGSTOP)
+    flush = "import os; os.fsync(os.open('/dev/ublkb0', os.O_RDWR))"
+    with subprocess.Popen([sys.executable, "-c", flush]) as waiting:
+        supervisor.until("the stall shows", ailment="stall")
+        assert waiting.poll() is None
+        supervisor.order("recover", "0")
+        supervisor.until("it is recovered", phase="watching", recoveries=1)
+        assert waiting.wait(DEADLINE_S) == 0
 
 
 @pytest.fixture
