@@ -142,8 +142,8 @@ def test_a_panic_under_the_command_is_told_and_not_retried(tmp_path: Path) -> No
     crash = "echo up; sleep 0.2; echo c >/proc/sysrq-trigger; sleep 1000"
     done = lab("run", "--console", str(console), "--", "/bin/sh", "-c", crash)
     assert done.returncode == 125
+    # Once: a boot before it may have failed, and been tried again.
     assert done.stdout == b"up\n"
-    assert done.stderr.count(b"lab: booting") == 1
     assert b"Kernel panic" in done.stderr
     assert b"Kernel panic" in console.read_bytes()
 

@@ -25,11 +25,14 @@ LINTS = {
     "mypy": ["-m", "mypy", "ublkwatch", "lab", "bench", *map(str, sorted(TOP.glob("tests/*.py")))],
     "mypy tests/kernel": ["-m", "mypy", "tests/kernel"],
 }
-KERNEL_TESTS_S = 2700
+KERNEL_TESTS_S = 3600
 # In a guest that has nothing else servers are our children; where systemd is process 1, its units.
 # What is long is tested once for each launcher, and once on each kernel.
 _MANY = "tests/kernel/test_many.py"
-_LONG = tuple(f"tests/kernel/test_{it}.py" for it in ("watch", "interference", "kublk", "modes"))
+_LONG = tuple(
+    f"tests/kernel/test_{it}.py"
+    for it in ("watch", "interference", "kublk", "modes", "armour", "placement", "tools", "hung")
+)
 _REST = ("tests/kernel", *(f"--ignore={path}" for path in (*_LONG, _MANY, "tests/kernel/systemd")))
 # Kernel, init and tests of each guest; the longest come first.
 GUESTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (

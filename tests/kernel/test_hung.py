@@ -72,7 +72,7 @@ def test_a_flush_that_hangs_alone_is_a_stall(server: Servers, watch: Watch) -> N
     with subprocess.Popen([sys.executable, "-c", flush]) as waiting:
         supervisor.until("the stall shows", ailment="stall")
         assert waiting.poll() is None
-        supervisor.order("recover", "0")
+        supervisor.order("recover", "0", "--yes")
         supervisor.until("it is recovered", phase="watching", recoveries=1)
         assert waiting.wait(DEADLINE_S) == 0
 
@@ -111,7 +111,7 @@ def test_a_mounted_file_system_outlives_servers_that_hang(
             os.kill(before["server_pid"], signal.SIGSTOP)
             if order:
                 supervisor.until("the stall shows", ailment="stall")
-                supervisor.order(order, "0")
+                supervisor.order(order, "0", "--yes")
             after = supervisor.recovered(before)
             assert after["detected_by"] == "stall"
         (mount / "stop").touch()
