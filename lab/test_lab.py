@@ -46,7 +46,7 @@ def test_arguments_output_and_status_pass_unharmed() -> None:
     done = lab("run", "--", "/bin/sh", "-c", script, "sh", *odd, every_byte)
     expected = b"".join(os.fsencode(text) + b"\0" for text in (*odd, every_byte))
     assert done.stdout == expected + b"\0\r\n\xff"
-    said, _, passed = done.stderr.partition(b"cpus)\n")
+    said, _, passed = done.stderr.rpartition(b"cpus)\n")
     assert said.startswith(b"lab: booting ")
     assert passed == b"err\r\n"
     assert done.returncode == 7
