@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Awaitable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -31,32 +30,50 @@ def measure(devices: Sequence[int] = DEVICES, rounds: int = ROUNDS) -> list[dict
 
 async def _measure(devices: int, rounds: int) -> dict[str, Any]:
     asyncio.get_running_loop().set_default_executor(Apart())
+    policy = Policy()
     records = [_record(dev_id) for dev_id in range(devices)]
     metrics = Metrics(clock=time.monotonic, wall=time.time)
-    metrics.sources = Sources(records=lambda: records, policy=_policy, started_at=lambda _: 1e9)
+    metrics.sources = Sources(
+        records=lambda: records, policy=lambda _: policy, started_at=lambda _: 1e9
+    )
     for record in records:
         metrics.stepped(record, time.monotonic())
     page = await metrics.page()
-    took_s, late_s = [], []
-    for _ in range(rounds):
-        late: list[float] = []
-        ticker = asyncio.create_task(_tick(late))
-        await asyncio.sleep(0.02)
-        began = time.monotonic()
-        page = await metrics.page()
-        took_s.append(time.monotonic() - began)
-        await asyncio.sleep(0.02)
-        ticker.cancel()
-        late_s.append(max(late))
+    samples = [await _sample(metrics) for _ in range(rounds)]
     lines = page.decode().splitlines()
     return {
         "devices": devices,
         "series": sum(not line.startswith("#") for line in lines),
         "bytes": len(page),
-        "page_s": statistics.median(took_s),
-        "late_s": statistics.median(late_s),
-        "latest_s": max(late_s),
+        **{key: statistics.median(each[key] for each in samples) for key in samples[0]},
     }
+
+
+async def _sample(metrics: Metrics) -> dict[str, float]:
+    process, thread, began = time.process_time(), time.thread_time(), time.monotonic()
+    await metrics.page()
+    page_s = time.monotonic() - began
+    cpu_s, loop_s = time.process_time() - process, time.thread_time() - thread
+    late_s = await _late(metrics.page())
+    idle_s = await _late(asyncio.sleep(page_s))
+    return {
+        "page_s": page_s,
+        "cpu_s": cpu_s,
+        "loop_s": loop_s,
+        "late_s": late_s,
+        "idle_s": idle_s,
+    }
+
+
+async def _late(work: Awaitable[object]) -> float:
+    """Return how late a ticker was, at most, while something was done."""
+    late: list[float] = []
+    ticker = asyncio.create_task(_tick(late))
+    await asyncio.sleep(2 * _TICK_S)
+    await work
+    await asyncio.sleep(2 * _TICK_S)
+    ticker.cancel()
+    return max(late, default=0.0)
 
 
 async def _tick(late: list[float]) -> None:
@@ -79,19 +96,15 @@ def _record(dev_id: int) -> Record:
     )
 
 
-def _policy(dev_id: int) -> Policy:
-    """Return one as the monitor does, which makes two of them on its way."""
-    return replace(replace(Policy(), chance=0.5), bystander="" if dev_id else " ")
-
-
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """Return the table, and how it grows: what each further device costs, row by row."""
     parts = [
-        "| scrape, devices | series | KiB | ms | loop late, ms | at most |",
-        "|--:|--:|--:|--:|--:|--:|",
+        "| devices | series | KiB | ms | CPU ms | on the loop | loop late, ms | at rest |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        times = (f"{row[key] * 1000:.1f}" for key in ("page_s", "late_s", "latest_s"))
+        keys = ("page_s", "cpu_s", "loop_s", "late_s", "idle_s")
+        times = (f"{row[key] * 1000:.1f}" for key in keys)
         cells = (row["devices"], row["series"], f"{row['bytes'] / 1024:.0f}", *times)
         parts.append(f"| {' | '.join(map(str, cells))} |")
     grown = [
@@ -101,10 +114,11 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     for (before, after), each in zip(pairwise(rows), grown, strict=True):
         parts.append(
             f"\nFrom {before['devices']} to {after['devices']} devices each one more costs "
-            f"{each['series']:.0f} series, {each['bytes']:.0f} bytes, {each['page_s'] * 1e6:.0f} µs."
+            f"{each['series']:.0f} series, {each['bytes']:.0f} bytes, "
+            f"{each['cpu_s'] * 1e6:.0f} µs of CPU."
         )
     if len(grown) == 2:
-        ratios = (f"{key} {grown[1][key] / grown[0][key]:.2f}" for key in ("bytes", "page_s"))
+        ratios = (f"{key} {grown[1][key] / grown[0][key]:.2f}" for key in ("bytes", "cpu_s"))
         parts.append(f"\nRatio of these, 1 where it grows linearly: {', '.join(ratios)}.")
     return "\n".join(parts) + "\n"
 

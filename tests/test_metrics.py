@@ -36,6 +36,7 @@ LOST = replace(
     marks=(("lost", 100.0),),
     info=replace(LIVE, state=DevState.QUIESCED),
 )
+PLAIN = Policy()
 BACKING_OFF = replace(LOST, phase=Phase.BACKOFF)
 PROBATION = replace(WATCHED, phase=Phase.PROBATION)
 RECOVERED = replace(WATCHED, recoveries=1, last_held_s=0.03)
@@ -44,7 +45,7 @@ RECOVERED = replace(WATCHED, recoveries=1, last_held_s=0.03)
 class Scraped:
     """Metrics over records that the test sets, as the monitor would; the test has the clock."""
 
-    def __init__(self, *records: Record, policy: Policy = Policy()) -> None:  # noqa: B008 - frozen
+    def __init__(self, *records: Record, policy: Policy | None = PLAIN) -> None:
         self.records = list(records)
         self.now, self.epoch = 1000.0, 1e9
         self.metrics = Metrics(clock=lambda: self.now, wall=lambda: self.epoch + self.now)
@@ -339,7 +340,7 @@ def test_a_managed_device_says_how_many_attempts_are_left() -> None:
     scraped = Scraped(replace(LOST, failures=(999.0, 998.0)), policy=Policy(attempts_max=5))
     assert scraped.value("device_managed", **labels) == 1
     assert scraped.value("device_attempts_left", **labels) == 3
-    scraped = Scraped(SEEN, policy=Policy(has_spec=False))
+    scraped = Scraped(SEEN, policy=None)
     assert scraped.value("device_managed", **labels) == 0
     assert scraped.value("device_attempts_left", **labels) is None
 
