@@ -50,6 +50,7 @@ class Count:
 
     def __init__(self) -> None:
         self.passed = self.failed = self.skipped = 0
+        self.failures: list[str] = []  # where, which test, and the first line of why
         self._lock = threading.Lock()
 
     def run(self, name: str, command: list[str], *, beside: bool = False) -> bool:
@@ -76,6 +77,7 @@ class Count:
                 self.passed += 1
             else:
                 self.failed += 1
+                self.failures.append(name)
 
     def guest(self, number: int, results: Path) -> None:
         """Run the tests of one guest."""
@@ -91,6 +93,7 @@ class Count:
         good = self.run(name, command, beside=bool(before))
         if not report.exists():
             self.failed += 1
+            self.failures.append(f"{name}: it has left no report")
             return
         suites = list(ET.parse(report).iter("testsuite"))  # noqa: S314 - pytest's own
         total, failed, skipped = (
@@ -102,6 +105,13 @@ class Count:
             self.passed += total - failed - skipped
             self.failed += failed or (not good)
             self.skipped += skipped
+            self.failures += [
+                f"{name}: {case.get('name')}: {verdict.tag}: {verdict.get('message', '')[:300]!r}"
+                for suite in suites
+                for case in suite.iter("testcase")
+                for verdict in case
+                if verdict.tag in ("failure", "error", "skipped")
+            ]
 
 
 def main() -> int:
@@ -117,6 +127,8 @@ def main() -> int:
                 runs = [pool.submit(count.guest, number, results) for number in range(len(GUESTS))]
                 for run in runs:
                     run.result()
+    for failure in count.failures:  # what is far up by now
+        print(failure)
     print(f"{count.passed} passed, {count.failed} failed, {count.skipped} skipped", flush=True)
     return 1 if count.failed or count.skipped else 0
 
