@@ -3,11 +3,12 @@ PYTHON := .venv/bin/python
 # The kernels' lab, or this very machine where it has the driver.
 LAB := $(PYTHON) lab/lab.py run $(if $(wildcard /dev/ublk-control),--host,--kernel lts --cpus 2)
 
-.PHONY: help demo test lint bench bench-smoke docs setup clean
+.PHONY: help demo test test-full lint bench bench-smoke docs setup clean
 
 help:
 	@echo 'make demo   watch fio run through ten killed servers, on a real kernel'
 	@echo 'make test   lint, types and all tests, on two real kernels'
+	@echo 'make test-full  the same, and what is about ublkwatch alone on both of them'
 	@echo 'make lint   format, lint and types only'
 	@echo 'make docs   manual pages, completions and docs/metrics.md, written anew from the code'
 	@echo 'make bench  how fast ublkwatch recovers, beside an oracle; what it and a scrape cost'
@@ -17,6 +18,9 @@ demo: setup
 
 test: setup
 	@$(PYTHON) -m tests
+
+test-full: setup
+	@$(PYTHON) -m tests full
 
 lint: .venv/.ready
 	@$(PYTHON) -m tests lint

@@ -1,6 +1,6 @@
-"""``python -m tests [lint]``: what `make test` runs, and one closing line with the counts.
+"""``python -m tests [lint|full]``: what `make test` runs, and one closing line with the counts.
 
-Lint and types, the tests of this machine, then tests/kernel in the lab's guest on both kernels.
+Lint and types, then the tests of this machine beside tests/kernel in guests of both kernels.
 Status 1 if any failed, or was skipped: what this project's tests need, its set-up installs.
 """
 
@@ -26,22 +26,40 @@ LINTS = {
     "mypy tests/kernel": ["-m", "mypy", "tests/kernel"],
 }
 KERNEL_TESTS_S = 3600
+OPTIONS = ("-q", "--durations=5", "--durations-min=30")
+
+
+def _kernel(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/kernel/test_{name}.py" for name in names)
+
+
+# What takes long, and depends on the driver.
+_LONG = _kernel("watch", "interference", "kublk", "modes", "hung")
+# What is about ublkwatch alone: an ordinary run tries it on one kernel.
+_OURS = _kernel("armour", "placement", "tools", "orders", "refusals", "c_example")
 # In a guest that has nothing else servers are our children; where systemd is process 1, its units.
-# What is long is tested once for each launcher, and once on each kernel.
-_MANY = "tests/kernel/test_many.py"
-_LONG = tuple(
-    f"tests/kernel/test_{it}.py"
-    for it in ("watch", "interference", "kublk", "modes", "armour", "placement", "tools", "hung")
+_MANY = _kernel("many")
+_UNITS = ("tests/kernel/systemd",)
+_REST = (
+    "tests/kernel",
+    *(f"--ignore={path}" for path in (*_LONG, *_OURS, *_MANY, *_UNITS)),
 )
-_REST = ("tests/kernel", *(f"--ignore={path}" for path in (*_LONG, _MANY, "tests/kernel/systemd")))
+Guest = tuple[str, str, tuple[str, ...]]
 # Kernel, init and tests of each guest; the longest come first.
-GUESTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+GUESTS: tuple[Guest, ...] = (
     ("lts", "busybox", _REST),
     ("new", "busybox", _REST),
     ("lts", "busybox", _LONG),
     ("new", "busybox", _LONG),
-    ("new", "systemd", ("tests/kernel/systemd", _MANY)),
-    ("lts", "busybox", (_MANY,)),
+    ("new", "busybox", _OURS),
+    ("new", "systemd", (*_UNITS, *_MANY)),
+    ("lts", "busybox", _MANY),
+)
+# What `make test-full` adds, so that every test was run on both kernels.
+MORE_GUESTS: tuple[Guest, ...] = (
+    ("lts", "busybox", _OURS),
+    ("lts", "systemd", (*_UNITS, *_MANY)),
+    ("new", "busybox", _MANY),
 )
 
 
@@ -50,24 +68,19 @@ class Count:
 
     def __init__(self) -> None:
         self.passed = self.failed = self.skipped = 0
+        self.failures: list[str] = []  # where, which test, and the first line of why
         self._lock = threading.Lock()
 
-    def run(self, name: str, command: list[str], *, beside: bool = False) -> bool:
-        """Run a command; one that has others beside it is shown when it is over."""
+    def run(self, name: str, command: list[str]) -> bool:
+        """Run a command; since others run beside it, what it says is shown when it is over."""
         started = time.monotonic()
         print(f"--- {name}", flush=True)
-        output = subprocess.PIPE if beside else None
         done = subprocess.run(
-            command,
-            cwd=TOP,
-            check=False,
-            stdout=output,
-            stderr=subprocess.STDOUT if beside else None,
+            command, cwd=TOP, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        if beside:
-            print(done.stdout.decode(errors="replace"))
         took_s = time.monotonic() - started
-        print(f"--- {name}: status {done.returncode}, {took_s:.0f} s", flush=True)
+        end = f"--- {name}: status {done.returncode}, {took_s:.0f} s"
+        print(done.stdout.decode(errors="replace") + end, flush=True)
         return done.returncode == 0
 
     def lint(self) -> None:
@@ -76,21 +89,24 @@ class Count:
                 self.passed += 1
             else:
                 self.failed += 1
+                self.failures.append(name)
 
-    def guest(self, number: int, results: Path) -> None:
+    def guest(self, number: int, guest: Guest, results: Path) -> None:
         """Run the tests of one guest."""
-        kernel, init, tests = GUESTS[number]
+        kernel, init, tests = guest
         lab = [PYTHON, "lab/lab.py", "run", "--kernel", kernel, "--init", init, "--cpus", "2"]
         lab += ["--timeout", str(KERNEL_TESTS_S), "--rw", str(results), "--"]
-        self.pytest(f"guest {number + 1}: {kernel}, {init}", list(tests), results, *lab)
+        self.pytest(f"guest {number}: {kernel}, {init}", list(tests), results, *lab)
 
     def pytest(self, name: str, arguments: list[str], results: Path, *before: str) -> None:
         """Run pytest, on this machine or behind ``before``; believe its report, not its word."""
         report = results / f"{re.sub(r'[^a-z0-9]+', '-', name)}.xml"
-        command = [*before, PYTHON, "-m", "pytest", "-q", f"--junit-xml={report}", *arguments]
-        good = self.run(name, command, beside=bool(before))
+        command = [*before, PYTHON, "-m", "pytest", *OPTIONS, f"--junit-xml={report}"]
+        command += arguments
+        good = self.run(name, command)
         if not report.exists():
             self.failed += 1
+            self.failures.append(f"{name}: it has left no report")
             return
         suites = list(ET.parse(report).iter("testsuite"))  # noqa: S314 - pytest's own
         total, failed, skipped = (
@@ -102,21 +118,34 @@ class Count:
             self.passed += total - failed - skipped
             self.failed += failed or (not good)
             self.skipped += skipped
+            self.failures += [
+                f"{name}: {case.get('name')}: {verdict.tag}: {verdict.get('message', '')[:300]!r}"
+                for suite in suites
+                for case in suite.iter("testcase")
+                for verdict in case
+                if verdict.tag in ("failure", "error", "skipped")
+            ]
 
 
 def main() -> int:
     count = Count()
     count.lint()
     if sys.argv[1:] != ["lint"]:
+        guests = (*GUESTS, *(MORE_GUESTS if sys.argv[1:] == ["full"] else ()))
         with tempfile.TemporaryDirectory(prefix="ublkwatch-tests-", dir="/var/tmp") as name:
             results = Path(name)
-            count.pytest("tests", ["--ignore=tests/kernel", "tests"], results)
-            count.pytest("lab", ["lab"], results)
             # One more at once than there are CPUs: a guest waits for a third of its time.
             with ThreadPoolExecutor(1 + (os.cpu_count() or 1)) as pool:
-                runs = [pool.submit(count.guest, number, results) for number in range(len(GUESTS))]
+                here = [["tests", "--ignore=tests/kernel"], ["lab"]]
+                runs = [pool.submit(count.pytest, it[0], it, results) for it in here]
+                runs += [
+                    pool.submit(count.guest, number, guest, results)
+                    for number, guest in enumerate(guests, 1)
+                ]
                 for run in runs:
                     run.result()
+    for failure in count.failures:  # what is far up by now
+        print(failure)
     print(f"{count.passed} passed, {count.failed} failed, {count.skipped} skipped", flush=True)
     return 1 if count.failed or count.skipped else 0
 

@@ -434,10 +434,13 @@ def test_every_kind_of_wish_passes_unchanged(wish: Wish) -> None:
 def test_an_answer_passes_bounded(why: str, said: list[str], harm: str) -> None:
     raw = Answer(why, tuple(said), harm).line()
     answer = wire.understood(raw)
-    assert (answer.why, answer.harm) == (why, harm)
+    assert (answer.why, answer.harm) == (why[:1000], harm[:1000])
     assert answer.said[:100] == tuple(each[:300] for each in said[:100])
     assert len(answer.said) <= 101
-    assert len(Answer("", ("x" * 5000,) * 5000).line()) < wire.MESSAGE_MAX
+    for letter in ("x", "ä", "\x00", "\U0001f525"):
+        long = Answer(letter * 50_000, (letter * 5000,) * 5000, letter * 50_000).line()
+        assert len(long) < wire.MESSAGE_MAX
+        assert wire.understood(long).said[-1].endswith(" more")
 
 
 @settings(max_examples=100, deadline=None)

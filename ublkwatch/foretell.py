@@ -120,7 +120,7 @@ def _failed_remedy(record: Record, policy: Policy) -> str:
     if record.held:
         return f"`ublkwatch release {record.dev_id}`"
     if refusal(record, Order.RETRY, policy):
-        return "" if record.shared else "give the device up, as docs/recovery.md says"
+        return "" if record.shared else f"`ublkwatch stop {record.dev_id}`"
     retry = f"`ublkwatch retry {record.dev_id}`"
     if record.reason is Reason.NO_ANSWER:
         return (

@@ -8,7 +8,7 @@ record, policy, spec and attempt are ours (ARCHITECTURE.md has the list). All ti
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum, IntEnum
 
 from ublkwatch.uapi import DevFlags, DevState
@@ -312,6 +312,7 @@ class Policy:
     shutting_down: bool = False  # the host is
     bystander: str = ""  # another device of an ailing server that must not lose it now
     chance: float = 1.0  # from 0 to 1, drawn anew for every step: the machine has no dice
+    # What operators choose begins here.
     handoff: Handoff = Handoff.MANAGED
     attach: Attach = Attach.LINE
     stall_timeout_s: float = 30.0  # without any request completed while some wait; 0: not watched
@@ -342,6 +343,10 @@ class Policy:
     drain_poll_s: float = 0.002
     drain_poll_max_s: float = 0.25
     holders_after_s: float = 2.0  # when waiting for the character device begins to need a reason
+
+
+_FIELDS = tuple(field.name for field in fields(Policy))
+CHOICES = _FIELDS[_FIELDS.index("handoff") :]
 
 
 def errno_name(code: int) -> str:

@@ -13,15 +13,11 @@ from typing import Any
 
 from ublkwatch.care import Care
 from ublkwatch.events import Cancel, Effect, EndAttempt, Kill, SendStop, Spawn
-from ublkwatch.model import Policy, Record
+from ublkwatch.model import CHOICES, Policy, Record
 
 # How the fields of a Care are called in the configuration, where that differs.
 _KEYS = {"decider": "on_exhausted_command", "hook": "pre_recover"} | {
     "hook_timeout_s": "pre_recover_timeout_s"
-}
-_TRUTHS = {"generation", "has_spec", "seen_live", "shutting_down", "chance", "bystander"} | {
-    "hands_off",
-    "hands_off_why",
 }
 
 
@@ -92,9 +88,7 @@ def _flat(care: Care) -> dict[str, Any]:
 
 
 def _policy(policy: Policy) -> dict[str, Any]:
-    return {
-        each.name: getattr(policy, each.name) for each in fields(Policy) if each.name not in _TRUTHS
-    }
+    return {name: getattr(policy, name) for name in CHOICES}
 
 
 def _shown(value: Any) -> str:

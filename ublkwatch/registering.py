@@ -80,8 +80,8 @@ def _split(text: str, option: str) -> tuple[str, str]:
     return key, value
 
 
-class _Shelf:
-    """What is registered, for who only wonders: nothing is kept."""
+class _Glimpse:
+    """What is registered, for who only wonders: it is read, and nothing is kept."""
 
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = state_dir
@@ -90,10 +90,10 @@ class _Shelf:
         return read_registrations(self._state_dir)
 
     def save_registration(self, name: str, table: Mapping[str, Any]) -> None:
-        raise NotImplementedError
+        """Keep nothing."""
 
     def drop_registration(self, name: str) -> None:
-        raise NotImplementedError
+        """Keep nothing."""
 
 
 def offline(settings: Config, change: Change) -> Answer:
@@ -106,7 +106,7 @@ def offline(settings: Config, change: Change) -> Answer:
     except RequestError as error:
         return Answer(str(error))
     if change.dry_run:
-        return _apply(_library(settings, _Shelf(settings.state_dir)), change)
+        return _apply(_library(settings, _Glimpse(settings.state_dir)), change)
     store = Store(settings.runtime_dir, settings.state_dir)
     try:
         return _apply(_library(settings, store), change)
@@ -114,7 +114,7 @@ def offline(settings: Config, change: Change) -> Answer:
         store.close()
 
 
-def _library(settings: Config, store: Store | _Shelf) -> Library:
+def _library(settings: Config, store: Store | _Glimpse) -> Library:
     return Library(settings, store, lambda _: lambda _info, _origin: None, check_executable)
 
 
@@ -126,8 +126,6 @@ def _apply(library: Library, change: Change) -> Answer:
     elif tables.pop(change.name, None) is None:
         return Answer(f"{change.name}: nothing is registered by this name")
     said = tuple(library.changes(library.settings, tables, ()))
-    if change.dry_run:
-        return Answer("", said)
     if change.verb == "register":
         library.register(change.name, change.table)
     else:

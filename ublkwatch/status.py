@@ -15,6 +15,7 @@ from typing import Any
 from ublkwatch import chronicle
 from ublkwatch.foretell import Times, due, following, remedy
 from ublkwatch.model import (
+    CHOICES,
     Ailment,
     DevInfo,
     Generation,
@@ -28,12 +29,6 @@ from ublkwatch.model import (
 from ublkwatch.uapi import DevFlags, DevState
 
 SCHEMA_VERSION = 1
-
-# What a policy says that no operator chose.
-_TRUTHS = {"generation", "has_spec", "seen_live", "shutting_down", "chance", "bystander"} | {
-    "hands_off",
-    "hands_off_why",
-}
 
 # What the device's flags mean for a program that does I/O while the server is away.
 PROMISE = {
@@ -157,14 +152,13 @@ def _server(
 
 
 _PLAIN = Policy()
-_CHOICES = tuple(field.name for field in fields(Policy) if field.name not in _TRUTHS)
 
 
 def policy_document(policy: Policy) -> dict[str, Any]:
     """Return what an operator chose for a device, as far as it differs from the defaults."""
     return {
         name: _plain(getattr(policy, name))
-        for name in _CHOICES
+        for name in CHOICES
         if getattr(policy, name) != getattr(_PLAIN, name)
     }
 

@@ -23,7 +23,9 @@ HOLD_MAX_S = 30 * 86400.0
 MESSAGE_MAX = 64 << 10  # bytes of one line
 REASON_MAX = 500  # characters
 
-_SAID_MAX, _LINE_MAX = 100, 300  # lines of an answer, and characters of each
+# Lines of an answer, and characters of each and of its other texts: JSON spends up to 12 bytes on
+# one of them, so whatever is said stays below MESSAGE_MAX only if an answer is halved now and then.
+_SAID_MAX, _LINE_MAX, _TEXT_MAX = 100, 300, 1000
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 
 
@@ -131,14 +133,19 @@ class Answer:
         """Return it as it goes over the socket, shorter than MESSAGE_MAX."""
         content: dict[str, object] = {"version": VERSION, "ok": not self.why}
         if self.why:
-            content["why"] = self.why
-        if self.said:
-            more = len(self.said) - _SAID_MAX
-            content["said"] = [each[:_LINE_MAX] for each in self.said[:_SAID_MAX]]
-            content["said"] += [f"... and {more} more"] if more > 0 else []  # type: ignore[operator]
+            content["why"] = self.why[:_TEXT_MAX]
         if self.harm:
-            content["harm"] = self.harm
-        return json.dumps(content).encode() + b"\n"
+            content["harm"] = self.harm[:_TEXT_MAX]
+        kept = min(len(self.said), _SAID_MAX)
+        while True:
+            if self.said:
+                more = len(self.said) - kept
+                rest = [f"... and {more} more"] if more else []
+                content["said"] = [each[:_LINE_MAX] for each in self.said[:kept]] + rest
+            line = json.dumps(content).encode() + b"\n"
+            if len(line) < MESSAGE_MAX:
+                return line
+            kept //= 2
 
 
 def understood(line: bytes) -> Answer:

@@ -144,6 +144,9 @@ def test_a_server_that_fails_after_its_line_is_replaced_or_on_6_12_the_device_gi
         if now["phase"] == "failed":
             assert said_after_giving_up(supervisor, dev_id) == "", fault
             assert processes_of_attempts(dev_id) == set(), fault
+            assert now["remedy"] == f"`ublkwatch stop {dev_id}`"
+            supervisor.order("stop", str(dev_id), "--yes")
+            supervisor.until_gone(dev_id)
 
 
 def is_settled(device: dict[str, Any]) -> bool:

@@ -200,10 +200,11 @@ def test_a_server_that_held_every_tag_is_replaced_as_soon_as_the_kernel_lets_go(
         server, control, recovery="reissue", depth=depth
     )
     with Disk() as disk:
-        in_flight = held(silent, disk, depth)
         supervisor, before = watched(server, watch, tmp_path / "faults")
+        in_flight = held(silent, disk, depth)
         silent.kill()
-        if generation is Generation.G2:  # it has no idle command to cancel: 30 s of time-out
+        # It has no idle command to cancel, and waits for the requests' time-out: 30 s from now.
+        if generation is Generation.G2:
             waiting = supervisor.until_true(
                 "it says what it waits for",
                 lambda now: "waiting for the kernel to let go" in now["explanation"],
