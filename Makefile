@@ -10,8 +10,8 @@ help:
 	@echo 'make test   lint, types and all tests, on two real kernels'
 	@echo 'make test-full  the same, and what is about ublkwatch alone on both of them'
 	@echo 'make lint   format, lint and types only'
-	@echo 'make docs   the manual pages and the completions, written anew from the code'
-	@echo 'make bench  how fast ublkwatch recovers, beside an oracle; what it costs at rest'
+	@echo 'make docs   manual pages, completions and docs/metrics.md, written anew from the code'
+	@echo 'make bench  how fast ublkwatch recovers, beside an oracle; what it and a scrape cost'
 
 demo: setup
 	@$(LAB) --timeout 170 -- $(PYTHON) -m ublkwatch.demo
