@@ -9,7 +9,7 @@ help:
 	@echo 'make demo   watch fio run through ten killed servers, on a real kernel'
 	@echo 'make test   lint, types and all tests, on two real kernels'
 	@echo 'make lint   format, lint and types only'
-	@echo 'make docs   the manual pages and the completions, written anew from the code'
+	@echo 'make docs   manual pages, completions, PrometheusRule and dashboard, made anew'
 	@echo 'make bench  how fast ublkwatch recovers, beside an oracle; what it costs at rest'
 
 demo: setup
@@ -23,6 +23,7 @@ lint: .venv/.ready
 
 docs: .venv/.ready
 	@$(PYTHON) -m tests.manual
+	@$(PYTHON) -m tests.deployed
 
 # On two kernels, some twenty minutes: python -m bench --help has the options.
 bench: setup
