@@ -15,6 +15,12 @@ MAY_BE_OOM = ("signal", UNKNOWN)  # causes of which the kernel's log may know mo
 _AILMENTS = {ailment.value for ailment in Ailment}
 
 
+def told(record: Record) -> object:
+    """Return what subscribers are told of when it changes."""
+    ill = record.ill and (record.ill.kind, record.ill.condemned)
+    return record.phase, record.reason, record.seq, ill
+
+
 def cause(record: Record) -> tuple[str, str | None]:
     """Return why the device lost its last server, as far as that is known: a word, and what for.
 

@@ -13,14 +13,18 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ublkwatch import uapi
 from ublkwatch.async_ring import AsyncRing, Operation
+from ublkwatch.meter import Meter
 from ublkwatch.model import DevInfo, errno_name
 from ublkwatch.uapi import Cmd, DevFlags, DevState
 from ublkwatch.uring import Buffer
+
+T = TypeVar("T")
 
 CONTROL = Path("/dev/ublk-control")
 
@@ -62,9 +66,11 @@ class UblkCtrl:
     when no device exists.
     """
 
-    def __init__(self, ring: AsyncRing, node: Path = CONTROL) -> None:
+    def __init__(self, ring: AsyncRing, node: Path = CONTROL, meter: Meter | None = None) -> None:
         self._ring = ring
         self._node = node
+        self._meter = meter or Meter()
+        self.wedged = 0  # commands that were not answered in time, and are with the kernel still
         self._fd = -1
         self._users = 0
 
@@ -167,13 +173,34 @@ class UblkCtrl:
         buffer: Buffer | None = None,
         data: int = 0,
     ) -> None:
+        await metered(
+            self._meter, command.name, self._ask(command, dev_id, timeout_s, buffer, data)
+        )
+
+    async def _ask(
+        self,
+        command: Cmd,
+        dev_id: int | None,
+        timeout_s: float,
+        buffer: Buffer | None,
+        data: int,
+    ) -> None:
         deadline = asyncio.get_running_loop().time() + timeout_s
         try:
             async with asyncio.timeout_at(deadline):
                 operation = await self._begin(command, dev_id, buffer=buffer, data=data)
         except TimeoutError:  # every slot is taken by a command that never came back
             raise CtrlError(errno.ETIMEDOUT, command.name, dev_id) from None
-        await operation.result(deadline - asyncio.get_running_loop().time())
+        try:
+            await operation.result(deadline - asyncio.get_running_loop().time())
+        except CtrlError:
+            if not operation.done.done():
+                self.wedged += 1
+                operation.done.add_done_callback(self._unwedge)
+            raise
+
+    def _unwedge(self, _: asyncio.Future[int]) -> None:
+        self.wedged -= 1
 
     async def _begin(
         self, command: Cmd, dev_id: int | None, *, buffer: Buffer | None = None, data: int = 0
@@ -228,6 +255,11 @@ class CtrlOperation:
         self._command = command
         self._dev_id = dev_id
 
+    @property
+    def done(self) -> asyncio.Future[int]:
+        """Return its answer to come."""
+        return self._operation.done
+
     def cancel(self) -> None:
         """Ask the kernel to interrupt it; result() then mostly raises EINTR."""
         self._ring.cancel(self._operation)
@@ -242,6 +274,19 @@ class CtrlOperation:
         result = self._operation.done.result()
         if result < 0:
             raise CtrlError(-result, self._command, self._dev_id)
+
+
+async def metered(meter: Meter, command: str, work: Awaitable[T]) -> T:
+    """Wait for a command, and tell how it ended; OSError as it has it."""
+    clock = asyncio.get_running_loop().time
+    began = clock()
+    try:
+        answer = await work
+    except OSError as error:
+        meter.command(command, error.errno or errno.EIO, clock() - began)
+        raise
+    meter.command(command, 0, clock() - began)
+    return answer
 
 
 async def patiently(answer: asyncio.Future[Any], timeout_s: float) -> bool:

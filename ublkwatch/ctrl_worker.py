@@ -25,7 +25,8 @@ from typing import Any
 
 from ublkwatch.armour import Armour
 from ublkwatch.async_ring import AsyncRing
-from ublkwatch.ctrl import CtrlError, UblkCtrl, patiently
+from ublkwatch.ctrl import CtrlError, UblkCtrl, metered, patiently
+from ublkwatch.meter import Meter
 
 _log = logging.getLogger("ublkwatch")
 
@@ -41,9 +42,10 @@ _BUSY_PAUSE_MAX_S = 0.05
 class Workers:
     """The daemon's side: hands commands to the current worker, retires it when it is stuck."""
 
-    def __init__(self, start: Callable[[], socket.socket]) -> None:
+    def __init__(self, start: Callable[[], socket.socket], meter: Meter | None = None) -> None:
         """``start`` starts a worker process and returns our end of its line; it may take time."""
         self._start = start
+        self._meter = meter or Meter()
         self._current: _Line | None = None
         self._retired: list[_Line] = []  # those that still have something to finish
         self._calls: dict[str, asyncio.Event] = {}  # by key: set when it is cancelled
@@ -76,6 +78,12 @@ class Workers:
         END sleeps until a server has attached or it is cancelled: its time counts from then on.
         ETIMEDOUT retires the worker.
         """
+        work = self._call(command, dev_id, key, timeout_s, arguments)
+        return await metered(self._meter, command, work)
+
+    async def _call(
+        self, command: str, dev_id: int, key: str, timeout_s: float, arguments: dict[str, float]
+    ) -> dict[str, Any]:
         cancelled = self._calls[key] = asyncio.Event()
         try:
             await self.prepare()
@@ -88,6 +96,7 @@ class Workers:
             if command == "END_USER_RECOVERY":
                 await _either(asked, cancelled)
             if not await patiently(asked, timeout_s + _GRACE_S):
+                line.late(key)
                 asked.cancel()
                 self._retire(line, command, dev_id)
                 raise CtrlError(errno.ETIMEDOUT, command, dev_id)
@@ -107,6 +116,15 @@ class Workers:
             self._calls[key].set()
         for line in (*self._retired, *([self._current] if self._current else [])):
             line.cancel(key)
+
+    @property
+    def wedged(self) -> int:
+        """How many commands were not answered in time, and are with the kernel still.
+
+        A worker that said so itself does not end before such a command does.
+        """
+        lines = (*self._retired, *([self._current] if self._current else []))
+        return sum(len(line.overdue) for line in lines)
 
     def close(self) -> None:
         """Let go of the workers: they end, or, where a command holds one, it is left alone."""
@@ -143,6 +161,7 @@ class _Line:
         self._next = 1
         self._retired = False
         self.closed = False
+        self.overdue: set[int] = set()  # what was not answered in time
         self.hello = asyncio.Event()  # it has said that it is there, or it has ended
         self._listener = asyncio.create_task(self._listen(reader))
 
@@ -164,10 +183,18 @@ class _Line:
         if key in self._keys:
             self._send({"id": self._keys[key], "command": "cancel"})
 
+    def late(self, key: str) -> None:
+        self.overdue.add(self._keys[key])
+
     def retire(self) -> None:
         self._retired = True
         if not self._answers:
-            self.close()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Have the worker end; the line does when it has, which may be never."""
+        with contextlib.suppress(OSError):  # it has ended
+            self._writer.write_eof()
 
     def close(self) -> None:
         self.closed = True
@@ -184,12 +211,16 @@ class _Line:
                 if answer["id"] == _HELLO:
                     self.hello.set()
                 waiting = self._answers.pop(answer["id"], None)
+                self.overdue.discard(answer["id"])
+                if answer.get("error") == errno.ETIMEDOUT:
+                    self.overdue.add(answer["id"])
                 if waiting is not None and not waiting.done():
                     waiting.set_result(answer)
                 if self._retired and not self._answers:
-                    break
+                    self._let_go()
         # The worker is gone, and with it all that it had under way.
         self.closed = True
+        self.overdue.clear()
         self.hello.set()
         for waiting in self._answers.values():
             if not waiting.done():

@@ -36,16 +36,18 @@ from ublkwatch.ctrl_worker import Workers
 from ublkwatch.desk import Desk
 from ublkwatch.driver import UnavailableError, ask_features, open_ring
 from ublkwatch.events import Transition
+from ublkwatch.health import Health
 from ublkwatch.identity import Judge, UserError
 from ublkwatch.kept import Kept
 from ublkwatch.lanes import Lanes
 from ublkwatch.launch import Launcher, start_worker
 from ublkwatch.library import Library, declared_threads, known_servers
-from ublkwatch.metrics import Metrics, Page
+from ublkwatch.metrics import Metrics, Sources
 from ublkwatch.model import UNKNOWN, DevInfo, Generation, Record, ServerId
 from ublkwatch.monitor import Monitor
 from ublkwatch.news import News
 from ublkwatch.perform import Edges, Threads
+from ublkwatch.probes import Probes
 from ublkwatch.rules import Unmanaged
 from ublkwatch.settings import ConfigError
 from ublkwatch.siting import Siting
@@ -82,7 +84,8 @@ class Daemon:
         self._settings = settings
         self._store = store
         self._dirty = asyncio.Event()
-        self._news = News(settings.runtime_dir, store)
+        self._metrics = Metrics(clock=time.monotonic, wall=time.time)
+        self._news = News(settings.runtime_dir, store, self._metrics)
         self._armour = Armour()
         self._judge = Judge()
         self._siting = Siting()
@@ -94,9 +97,11 @@ class Daemon:
         asyncio.get_running_loop().set_default_executor(Apart())
         ring = open_ring()
         try:
-            ctrl = UblkCtrl(ring)
+            ctrl = UblkCtrl(ring, meter=self._metrics)
             features = await ask_features(ctrl)
-            lines = log.Log(logging.DEBUG if verbose else logging.INFO)
+            lines = log.Log(
+                logging.DEBUG if verbose else logging.INFO, partial(self._metrics.dropped, "log")
+            )
             try:
                 await self._watch(ctrl, features, stop)
             finally:
@@ -106,7 +111,8 @@ class Daemon:
 
     async def _watch(self, ctrl: UblkCtrl, features: DevFlags | None, stop: asyncio.Event) -> None:
         boot_id = server.read_boot_id()
-        workers = Workers(partial(start_worker, lock_memory=self._settings.lock_memory))
+        start = partial(start_worker, lock_memory=self._settings.lock_memory)
+        workers = Workers(start, self._metrics)
         servers = server.Servers(boot_id, self._server_exited, self._look)
         launcher = Launcher(
             self._settings.runtime_dir,
@@ -139,6 +145,7 @@ class Daemon:
             care=self._find_care,
             kept=Kept(settings.runtime_dir),
             lanes=Lanes(settings.starts_at_once),
+            meter=self._metrics,
         )
         self._monitor = Monitor(
             self._wrap(edges),
@@ -146,17 +153,30 @@ class Daemon:
             self._store.load_records(),
             self._store.load_specs(),
         )
-        self._metrics = Metrics(self._monitor.records, lambda: workers.retired)
-        page = Page(self._metrics)
+        self._health = Health(lambda: self._monitor.polls, settings.poll_interval_s, time.monotonic)
+        probes = Probes(self._metrics, self._health)
+        self._metrics.sources = Sources(
+            records=self._monitor.records,
+            policy=self._monitor.policy,
+            started_at=_started_at,
+            generation=self._generation,
+            features=features,
+            workers_retired=lambda: workers.retired,
+            commands_wedged=lambda: workers.wedged + ctrl.wedged,
+            scrapes_refused=probes.refused,
+            lag_s=self._health.lag_s,
+        )
         stopper = Stopper(ctrl, workers, features, usage)
-        self._desk = Desk(self._monitor, self._library, self._load, stopper, self._remember)
+        self._desk = Desk(
+            self._monitor, self._library, self._load, stopper, self._remember, self._metrics
+        )
         group = _group(settings.admin_group)
         door = admin.Admin(settings.runtime_dir, self._desk.take, group=group)
         try:
             await _prepare(workers)
             await launcher.prepare()
             await self._lock_memory()
-            port = await self._serve_metrics(page)
+            port = await probes.start(settings.metrics)
             await self._serve_orders(door)
             rules = self._generation.name
             where = f", metrics on port {port}" if port else ""
@@ -165,7 +185,7 @@ class Daemon:
             await self._run_tasks(stop)
         finally:
             door.close()
-            page.close()
+            probes.close()
             servers.close()
             launcher.close()
             workers.close()
@@ -175,6 +195,7 @@ class Daemon:
             self._monitor.run(self._settings.poll_interval_s),
             self._write_status_for_ever(),
             self._news.write_for_ever(),
+            self._health.watch(),
             self._follow_uevents_for_ever(),
         ]
         tasks = [asyncio.create_task(work) for work in works]
@@ -266,6 +287,10 @@ class Daemon:
                 await asyncio.to_thread(self._store.write_status, json.dumps(document))
             except OSError as error:
                 _log.warning("status not written: %s", error)
+                self._metrics.dropped("status")
+                self._health.wrote(error.strerror or str(error))
+            else:
+                self._health.wrote()
             await asyncio.sleep(_STATUS_INTERVAL_S)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.poll_interval_s):
@@ -292,18 +317,6 @@ class Daemon:
         for missing in self._armour.missing:
             _log.warning("%s", missing)
 
-    async def _serve_metrics(self, page: Page) -> int | None:
-        if not self._settings.metrics["enabled"]:
-            return None
-        address, port = self._settings.metrics["address"], self._settings.metrics["port"]
-        try:
-            return await page.start(address, port)
-        except OSError as error:
-            raise UnavailableError(
-                f"metrics: cannot listen on {address} port {port}: {error.strerror}; change "
-                "metrics.port, or set metrics.enabled = false"
-            ) from error
-
     async def _serve_orders(self, door: admin.Admin) -> None:
         try:
             await door.start()
@@ -315,7 +328,7 @@ class Daemon:
 def _started_at(process: ServerId) -> float:
     """Return the wall time at which a process of this boot was started."""
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-    return booted + process.start_ticks / _TICKS
+    return round(booted + process.start_ticks / _TICKS, 2)
 
 
 def _group(name: str) -> int | None:

@@ -20,6 +20,7 @@ from ublkwatch.config import Config
 from ublkwatch.drilling import objection as drill_objection
 from ublkwatch.events import Asked
 from ublkwatch.library import Library
+from ublkwatch.meter import Meter
 from ublkwatch.model import DevInfo, Order, Phase, Reason, Record
 from ublkwatch.monitor import Monitor
 from ublkwatch.settings import ConfigError
@@ -41,6 +42,7 @@ class Desk:
     load: Callable[[], Config]  # the configuration anew; ConfigError
     stopper: Stopper
     remember: Callable[[dict[str, Any]], None]
+    meter: Meter = field(default_factory=Meter)
     clock: Callable[[], float] = time.monotonic
     wall: Callable[[], float] = time.time
     _reloading: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -197,12 +199,14 @@ class Desk:
             except ConfigError as error:
                 if not dry_run:
                     _log.error("configuration not reloaded, the old one goes on: %s", error)
+                    self.meter.reloaded(good=False)
                 return Answer(str(error))
             said = await self._changes(settings, self.library.registered())
             if not dry_run:
                 self.library.reload(settings)
                 self.monitor.reconsider()
                 _log.info("configuration reloaded; %s", "; ".join(said))
+                self.meter.reloaded(good=True)
             return Answer("", said)
 
     async def _changes(

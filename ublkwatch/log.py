@@ -6,6 +6,7 @@ import logging
 import logging.handlers
 import queue
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from ublkwatch.events import Effect, Transition
@@ -22,10 +23,12 @@ _EXPLAINED = (
 class Log:
     """Logging that a slow or stuck standard error does not stop: it drops, and counts."""
 
-    def __init__(self, level: int = logging.INFO) -> None:
-        """Take over the root logger until close()."""
+    def __init__(
+        self, level: int = logging.INFO, dropped: Callable[[], None] = lambda: None
+    ) -> None:
+        """Take over the root logger until close(); ``dropped`` is told of each lost line."""
         self._queue: queue.Queue[logging.LogRecord] = queue.Queue(_LINES_MAX)
-        self._handler = _Dropping(self._queue)
+        self._handler = _Dropping(self._queue, dropped)
         self._handler.setFormatter(_Formatter("%(message)s"))
         writer = logging.StreamHandler()
         writer.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
@@ -56,13 +59,16 @@ class _Formatter(logging.Formatter):
 
 
 class _Dropping(logging.handlers.QueueHandler):
-    dropped = 0
+    def __init__(self, lines: queue.Queue[logging.LogRecord], tell: Callable[[], None]) -> None:
+        super().__init__(lines)
+        self.dropped, self._tell = 0, tell
 
     def enqueue(self, record: logging.LogRecord) -> None:
         try:
             self.queue.put_nowait(record)
         except queue.Full:
             self.dropped += 1
+            self._tell()
 
 
 def line(transition: Transition) -> tuple[int, str]:

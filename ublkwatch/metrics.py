@@ -1,225 +1,238 @@
-"""Prometheus metrics: states by a collector over the records, counters at the transitions.
+"""Prometheus metrics: what happens is counted as it happens, what is true is asked at a scrape.
 
-The only home of prometheus_client. Served by a small server of our own under asyncio: the client
-library's starts a thread for every connection, and answers every path.
+`measures` declares them, `collect` makes those of the latter kind; both are homes of
+prometheus_client, and nobody else is. The page is written by a thread, from a snapshot that the
+loop has taken: for many devices that takes longer than a recovery may wait.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import product
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
-from prometheus_client.registry import Collector
 
 from ublkwatch import __version__
+from ublkwatch.collect import Seen, Snapshot, Snapshots
+from ublkwatch.downtime import Downtime, counts
 from ublkwatch.events import Transition
-from ublkwatch.model import Ailment, Phase, Record, RecoveryMode
-from ublkwatch.status import complaint, state_name
-from ublkwatch.uapi import DevState
+from ublkwatch.measures import MEASURES, OUTAGE_PHASES, Kind, answer_of
+from ublkwatch.meter import Meter
+from ublkwatch.model import Generation, Phase, Policy, Record, ServerId
+from ublkwatch.status import attempts_left
+from ublkwatch.uapi import DevFlags
 
-_STATES = tuple(state.name.lower() for state in DevState if state is not DevState.DEAD)
-_AILMENTS = tuple(ailment.value for ailment in Ailment)
-_BUCKETS = (
-    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
-    *(1, 2.5, 5, 10, 30, 60, 120, 300),
-)
-_CONNECTIONS_MAX = 16
-_TIMEOUT_S = 5.0
-_REQUEST_MAX = 8192
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_RESTS = (Phase.OBSERVED, Phase.WATCHING, Phase.FAILED)
 
 
-class Metrics:
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Whom a scrape asks, on the loop."""
+
+    records: Callable[[], Iterable[Record]] = tuple
+    policy: Callable[[int], Policy] = lambda _: Policy(has_spec=False)
+    started_at: Callable[[ServerId], float | None] = lambda _: None
+    generation: Generation = Generation.UNKNOWN
+    features: DevFlags | None = None  # None: the driver cannot say
+    workers_retired: Callable[[], int] = int
+    commands_wedged: Callable[[], int] = int
+    scrapes_refused: Callable[[], int] = int
+    lag_s: Callable[[], float] = float
+
+
+class Metrics(Meter):
     """Everything that a scrape shows."""
 
-    def __init__(
-        self, records: Callable[[], Iterable[Record]], retired: Callable[[], int] = int
-    ) -> None:
-        """Make the registry; ``records`` returns the devices as they are known at the moment.
-
-        ``retired`` returns how many control workers were retired so far.
-        """
+    def __init__(self, *, clock: Callable[[], float], wall: Callable[[], float]) -> None:
+        """Make the registry, with all series that are known by now at zero."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._records = records
+        self.sources = Sources()
+        self._clock, self._wall = clock, wall
         self.registry = CollectorRegistry()
-        self.registry.register(_Devices(records, retired))
-        self._recoveries = Counter(
-            "ublkwatch_recoveries",
-            "Outages by how they ended: recovered by us, or given up.",
-            ["device", "result"],
+        self._snapshots = Snapshots()
+        self.registry.register(self._snapshots)
+        self._counters = {name: self._counter(name) for name in _COUNTED}
+        self._histograms = {name: self._histogram(name) for name in _MEASURED}
+        self._downtime = Downtime()
+        self._of_devices = [name for name in _COUNTED if MEASURES[name].of_devices]
+        self._devices: set[int] = set()  # that have their counters
+        self._writing: asyncio.Task[bytes] | None = None
+        self._polled_at = 0.0
+        self._reload_good, self._reloaded_at = True, wall()
+
+    def _counter(self, name: str) -> Counter:
+        measure = MEASURES[name]
+        labels = [label.name for label in measure.labels]
+        counter = Counter(measure.exposed, measure.meaning, labels, registry=self.registry)
+        if labels and not measure.of_devices:
+            for values in product(*(label.values for label in measure.labels)):
+                counter.labels(*values)
+        return counter
+
+    def _histogram(self, name: str) -> Histogram:
+        measure = MEASURES[name]
+        labels = [label.name for label in measure.labels]
+        histogram = Histogram(
+            measure.exposed,
+            measure.meaning,
+            labels,
+            buckets=measure.buckets,
             registry=self.registry,
         )
-        self._exits = Counter(
-            "ublkwatch_server_losses",
-            "Outages by what showed that the server was lost.",
-            ["device", "source"],
-            registry=self.registry,
-        )
-        self._failures = Counter(
-            "ublkwatch_recovery_attempt_failures",
-            "Attempts to start and attach a server that failed.",
-            ["device"],
-            registry=self.registry,
-        )
-        self._ended = Counter(
-            "ublkwatch_servers_ended",
-            "Servers ended because I/O hung in them, by what ailed them.",
-            ["device", "ailment"],
-            registry=self.registry,
-        )
-        self._duration = Histogram(
-            "ublkwatch_recovery_duration_seconds",
-            "From the detection of a lost server to LIVE under a new one.",
-            buckets=_BUCKETS,
-            registry=self.registry,
-        )
+        for values in product(*(label.values for label in measure.labels)) if labels else ():
+            histogram.labels(*values)
+        return histogram
+
+    # --- what happens ----------------------------------------------------------------------------
+
+    def command(self, name: str, error: int, took_s: float) -> None:
+        """Count a control command."""
+        self._counters["control_commands"].labels(name, answer_of(error)).inc()
+        self._histograms["control_command_duration_seconds"].labels(name).observe(took_s)
+
+    def stepped(self, record: Record, now: float) -> None:
+        """Go on with a device's downtime; one that we act on has its counters from now on."""
+        self._downtime.note(record, now)
+        new = record.dev_id not in self._devices
+        if new and record.phase not in (Phase.OBSERVED, Phase.GONE):
+            self._devices.add(record.dev_id)
+            for name in self._of_devices:
+                for values in _children(name, record.dev_id):
+                    self._counters[name].labels(*values)
 
     def publish(self, transition: Transition) -> None:
         """Count a transition."""
         before, after = transition.before, transition.after
-        device = f"ublkb{after.dev_id}"
-        if after.phase is Phase.DRAINING and after.marks[:1] != before.marks[:1]:
-            self._exits.labels(device, after.detected_by).inc()
+        device, count = f"ublkb{after.dev_id}", self._counters
+        if after.marks and after.marks[:1] != before.marks[:1]:
+            count["server_losses"].labels(device, after.detected_by).inc()
         if after.ill and after.ill.condemned and not (before.ill and before.ill.condemned):
-            self._ended.labels(device, after.ill.kind.value).inc()
+            count["servers_ended"].labels(device, after.ill.kind.value).inc()
         elif after.failures and after.failures[-1] not in before.failures:
-            self._failures.labels(device).inc()
-        if after.phase is Phase.WATCHING and before.phase is Phase.PROBATION:
-            self._recoveries.labels(device, "success").inc()
-            self._duration.observe(after.last_held_s or 0.0)
-        if after.phase is Phase.FAILED and before.phase is not Phase.FAILED:
-            self._recoveries.labels(device, "gave_up").inc()
+            count["recovery_attempt_failures"].labels(device).inc()
+        if after.ill and (before.ill is None or before.ill.kind is not after.ill.kind):
+            count["device_stalls"].labels(device).inc()
+        if before.phase is not after.phase and before.phase.value in OUTAGE_PHASES:
+            phases = self._histograms["recovery_phase_duration_seconds"]
+            phases.labels(before.phase.value).observe(transition.now - before.since)
+        if result := _result(before, after):
+            count["recoveries"].labels(device, result).inc()
+        if result == "success":
+            held_s = after.last_held_s or 0.0
+            self._histograms["recovery_duration_seconds"].observe(held_s)
         if after.phase is Phase.GONE:
-            self._remove(device)
+            self._remove(after.dev_id)
+
+    def _remove(self, dev_id: int) -> None:
+        self._devices.discard(dev_id)
+        for name in self._of_devices:
+            for values in _children(name, dev_id):
+                self._counters[name].remove(*values)
+
+    def polled(self, took_s: float, *, failed: bool) -> None:
+        """Count a look at all devices."""
+        self._histograms["poll_duration_seconds"].observe(took_s)
+        if failed:
+            self._counters["poll_errors"].inc()
+        else:
+            self._polled_at = self._wall()
+
+    def dropped(self, kind: str) -> None:
+        """Count what could not be written; from any thread."""
+        self._counters["publications_dropped"].labels(kind).inc()
+
+    def cause(self, word: str) -> None:
+        """Count why a server had been lost; from any thread."""
+        self._counters["server_loss_causes"].labels(word).inc()
+
+    def reloaded(self, *, good: bool) -> None:
+        """Remember how the last reload went."""
+        self._reload_good = good
+        if good:
+            self._reloaded_at = self._wall()
+
+    # --- the page --------------------------------------------------------------------------------
+
+    async def page(self) -> bytes:
+        """Return the page; whoever asks while it is written is given the same one."""
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.get_running_loop().create_task(self._write())
+        return await asyncio.shield(self._writing)
+
+    async def _write(self) -> bytes:
+        self._snapshots.snapshot = self._snapshot()
+        return await asyncio.to_thread(generate_latest, self.registry)
 
     def text(self) -> bytes:
-        """Return the page; a device that we act on has its counters from its first scrape on."""
-        for record in self._records():
-            if record.phase is not Phase.OBSERVED:
-                self._create(f"ublkb{record.dev_id}")
+        """Return the page of this moment, written here and now."""
+        self._snapshots.snapshot = self._snapshot()
         return generate_latest(self.registry)
 
-    def _create(self, device: str) -> None:
-        for result in ("success", "gave_up"):
-            self._recoveries.labels(device, result)
-        for source in ("pidfd", "poll", "startup", *_AILMENTS):
-            self._exits.labels(device, source)
-        for ailment in _AILMENTS:
-            self._ended.labels(device, ailment)
-        self._failures.labels(device)
-
-    def _remove(self, device: str) -> None:
-        for metric in (self._recoveries, self._exits, self._failures, self._ended):
-            for child in [s.labels for m in metric.collect() for s in m.samples]:
-                if child["device"] == device:
-                    metric.remove(*(child[name] for name in metric._labelnames))  # noqa: SLF001
-
-
-class _Devices(Collector):
-    def __init__(self, records: Callable[[], Iterable[Record]], retired: Callable[[], int]) -> None:
-        self._records = records
-        self._retired = retired
-
-    def describe(self) -> list[Metric]:
-        return []  # registering is not scraping
-
-    def collect(self) -> Iterable[Metric]:
-        build = InfoMetricFamily("ublkwatch_build", "This program.")
-        build.add_metric([], {"version": __version__})
-        state = GaugeMetricFamily(
-            "ublkwatch_device_state",
-            "1 for the state that the kernel reports, 0 for the others.",
-            labels=["device", "state"],
+    def _snapshot(self) -> Snapshot:
+        ask, now = self.sources, self._clock()
+        offset = self._wall() - now
+        return Snapshot(
+            tuple(self._seen(record, now, offset) for record in ask.records()),
+            {
+                "control_workers_retired": ask.workers_retired(),
+                "control_commands_wedged": ask.commands_wedged(),
+                "poll_last_success_timestamp_seconds": self._polled_at,
+                "config_last_reload_successful": self._reload_good,
+                "config_last_reload_success_timestamp_seconds": self._reloaded_at,
+                "event_loop_lag_seconds": ask.lag_s(),
+                "scrapes_refused": ask.scrapes_refused(),
+            },
+            {
+                "build": {"version": __version__},
+                "kernel": {
+                    "release": os.uname().release,
+                    "generation": ask.generation.name,
+                    "features": "" if ask.features is None else f"0x{ask.features:x}",
+                },
+            },
         )
-        phase = GaugeMetricFamily(
-            "ublkwatch_device_phase",
-            "1 for the phase that ublkwatch is in with the device, 0 for the others.",
-            labels=["device", "phase"],
+
+    def _seen(self, record: Record, now: float, offset: float) -> Seen:
+        policy, server = self.sources.policy(record.dev_id), record.server
+        return Seen(
+            record,
+            handoff=policy.handoff.value if policy.has_spec else "",
+            attempts_left=attempts_left(record, policy, now) if policy.has_spec else None,
+            changed_at=round(record.since + offset, 3),
+            server_started_at=self.sources.started_at(server) if server else None,
+            down_s=self._downtime.seconds(record.dev_id, now) if counts(record) else None,
         )
-        up = GaugeMetricFamily(
-            "ublkwatch_server_up",
-            "Whether the device has a server that is alive.",
-            labels=["device"],
-        )
-        ailing = GaugeMetricFamily(
-            "ublkwatch_device_ailing",
-            "Whether I/O hangs in the server of a device that is LIVE, by what ails it.",
-            labels=["device", "ailment"],
-        )
-        info = InfoMetricFamily(
-            "ublkwatch_device", "What the device is.", labels=["device", "dev_id", "recovery_mode"]
-        )
-        for record in self._records():
-            if record.info is None:
-                continue
-            device = f"ublkb{record.dev_id}"
-            now = state_name(record.info.state).lower()
-            for name in (*_STATES, "unknown"):
-                known = now if now in _STATES else "unknown"
-                state.add_metric([device, name], float(name == known))
-            for each in Phase:
-                phase.add_metric([device, each.value], float(each is record.phase))
-            up.add_metric([device], float(record.server is not None))
-            ails = record.ill.kind.value if record.ill and complaint(record) else ""
-            for ailment in _AILMENTS:
-                ailing.add_metric([device, ailment], float(ailment == ails))
-            mode = RecoveryMode.of(record.info.flags).value
-            info.add_metric(
-                [], {"device": device, "dev_id": str(record.dev_id), "recovery_mode": mode}
-            )
-        retired = CounterMetricFamily(
-            "ublkwatch_control_workers_retired",
-            "Control workers given up because a command of theirs was not answered in time.",
-            value=self._retired(),
-        )
-        return [build, info, state, phase, up, ailing, retired]
 
 
-class Page:
-    """Serves /metrics, to a bounded number of clients, each for a bounded time."""
+_COUNTED = (
+    *("server_losses", "server_loss_causes", "recoveries", "recovery_attempt_failures"),
+    *("servers_ended", "device_stalls", "control_commands", "publications_dropped", "poll_errors"),
+)
+_MEASURED = tuple(name for name, each in MEASURES.items() if each.kind is Kind.HISTOGRAM)
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._clients = 0
-        self._server: asyncio.Server | None = None
 
-    async def start(self, address: str, port: int) -> int:
-        """Listen and return the port; OSError when the address cannot be had."""
-        self._server = await asyncio.start_server(self._serve, address, port, limit=_REQUEST_MAX)
-        return int(self._server.sockets[0].getsockname()[1])
+def _children(name: str, dev_id: int) -> Iterable[tuple[str, ...]]:
+    """Return the labels of all series that a counter has of a device."""
+    closed = (label.values for label in MEASURES[name].labels if label.values)
+    return ((f"ublkb{dev_id}", *values) for values in product(*closed))
 
-    def close(self) -> None:
-        """Stop listening."""
-        if self._server is not None:
-            self._server.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._clients += 1
-        try:
-            if self._clients <= _CONNECTIONS_MAX:
-                async with asyncio.timeout(_TIMEOUT_S):
-                    await self._answer(reader, writer)
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            pass  # a client that is gone, silent or not speaking HTTP
-        finally:
-            self._clients -= 1
-            writer.close()
-
-    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        request = (await reader.readuntil(b"\r\n")).split()
-        with contextlib.suppress(asyncio.LimitOverrunError):
-            while (await reader.readuntil(b"\r\n")) != b"\r\n":
-                pass
-        if len(request) != 3 or request[0] not in (b"GET", b"HEAD"):
-            status, kind, body = "405 Method Not Allowed", "text/plain", b"GET /metrics\n"
-        elif request[1].split(b"?")[0] != b"/metrics":
-            status, kind, body = "404 Not Found", "text/plain", b"there is only /metrics\n"
-        else:
-            status, kind, body = "200 OK", CONTENT_TYPE_LATEST, self._metrics.text()
-        head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
-        writer.write(head.encode() + b"Connection: close\r\n\r\n")
-        writer.write(b"" if request[:1] == [b"HEAD"] else body)
-        await writer.drain()
+def _result(before: Record, after: Record) -> str:
+    """Return how an outage ended by this transition; "" where none did."""
+    if before.phase is after.phase:
+        return ""
+    match after.phase:
+        case Phase.FAILED:
+            return "gave_up"
+        case Phase.WATCHING if before.phase is Phase.PROBATION:
+            return "success"
+        case Phase.WATCHING if before.phase is not Phase.OBSERVED:
+            return "by_others"
+        case Phase.OBSERVED if before.phase not in _RESTS:
+            return "left_alone"
+    return ""

@@ -13,7 +13,7 @@ import errno
 import logging
 from dataclasses import dataclass, replace
 
-from ublkwatch import ailing, orders, recovery
+from ublkwatch import ailing, chronicle, orders, recovery
 from ublkwatch.attempt import ATTEMPTING
 from ublkwatch.care import Spec
 from ublkwatch.events import (
@@ -34,6 +34,7 @@ from ublkwatch.perform import Edges, Performer
 from ublkwatch.pulse import Pulse
 from ublkwatch.starts import tag_of
 from ublkwatch.uapi import DevState
+from ublkwatch.unreadable import Unreadable
 from ublkwatch.unsaved import Unsaved
 from ublkwatch.who import Who
 
@@ -75,7 +76,7 @@ class Monitor:
         self._pulse = Pulse(edges, self, self._performer.spawn)
         self._waiting: dict[int, asyncio.Future[str]] = {}  # for an order to be taken, by its id()
         self._shutting_down = False
-        self._unreadable: dict[int, int | None] = {}  # by device: what GET_DEV_INFO failed with
+        self._unreadable = Unreadable()
         self._look = asyncio.Event()
         self._interval_s = 0.0
         self._ran = edges.clock()
@@ -197,6 +198,7 @@ class Monitor:
                 self._performer.spawn(dev_id, self._try_again(dev_id))
                 return
             self._records[dev_id] = after
+            self._edges.meter.stepped(after, now)
             if after.phase is Phase.GONE:
                 self._forget(dev_id)
             else:
@@ -209,7 +211,7 @@ class Monitor:
             return
         if isinstance(event, Asked):
             self._taken(event, orders.objection(before, event.order, policy))
-        if _told(before) != _told(after):
+        if chronicle.told(before) != chronicle.told(after):
             name = type(event).__name__
             self._edges.publish(Transition(self._edges.wall(), now, before, after, name, effects))
         if after.phase in (Phase.PROBATION, Phase.WATCHING) and before.phase is not after.phase:
@@ -253,6 +255,7 @@ class Monitor:
         except OSError as error:
             _log.error("ublk %d: record not saved (%s); nothing was done, trying again in %g s",
                        dev_id, error, _SAVE_RETRY_S)  # fmt: skip
+            self._edges.meter.dropped("record")
             return False
         return True
 
@@ -278,6 +281,7 @@ class Monitor:
         if before is not None and before.reason is not Reason.INTERNAL_ERROR:
             after = recovery.quarantined(before, repr(error), now)
             self._records[dev_id] = after
+            self._edges.meter.stepped(after, now)
             self._arm(after)
             self._edges.publish(Transition(self._edges.wall(), now, before, after, "Bug"))
 
@@ -305,13 +309,17 @@ class Monitor:
         housekeeping = 0.0
         while True:
             self._look.clear()
-            self._notice_stall(self._edges.clock())
+            began = self._edges.clock()
+            self._notice_stall(began)
             ids = self._edges.dev_ids() | self._records.keys() | self._former.keys()
             reads = (self.read(dev_id) for dev_id in ids)
             came = await asyncio.gather(*reads, return_exceptions=True)
             for dev_id, error in zip(ids, came, strict=True):
                 if isinstance(error, Exception):
                     self.quarantine(dev_id, error)
+            failed = any(isinstance(error, Exception) for error in came)
+            failed |= self._unreadable.among(ids)
+            self._edges.meter.polled(self._edges.clock() - began, failed=failed)
             self._pulse.look(self.records(), 2 * interval_s + _STALL_S)
             self.polls += 1
             if self._edges.clock() >= housekeeping:
@@ -334,14 +342,12 @@ class Monitor:
             info = await self._edges.ctrl.get_dev_info(dev_id)
         except OSError as error:
             if error.errno == errno.ENODEV:
+                self._unreadable.drop(dev_id)
                 self._abandon_former(dev_id)
                 return InfoMissing()
-            if self._unreadable.get(dev_id) != error.errno:  # once, and not with every poll
-                self._unreadable[dev_id] = error.errno
-                hint = "; an unprivileged device?" if error.errno == errno.EINVAL else ""
-                _log.warning("ublk %d: %s%s", dev_id, error, hint)
+            self._unreadable.add(dev_id, error)
             return None
-        self._unreadable.pop(dev_id, None)
+        self._unreadable.drop(dev_id)
         instance = self._edges.instance(dev_id)
         record = self._records.get(dev_id)
         if instance is None and info.state is not DevState.DEAD:
@@ -386,12 +392,6 @@ class Monitor:
             self._edges.store.drop_record(dev_id)
             if former.phase in ATTEMPTING:
                 self._performer.spawn(dev_id, self._performer.ends.abandon(former))
-
-
-def _told(record: Record) -> object:
-    """Return what subscribers are told of when it changes."""
-    ill = record.ill and (record.ill.kind, record.ill.condemned)
-    return record.phase, record.reason, record.seq, ill
 
 
 def _lasting(record: Record) -> Record:

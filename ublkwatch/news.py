@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ublkwatch import chronicle, kmsg, trail
+from ublkwatch.meter import Meter
 from ublkwatch.store import HISTORY_KINDS, Store
 
 _log = logging.getLogger("ublkwatch")
@@ -23,11 +24,12 @@ _OOM_S = 60.0  # that a process may take to end, once the OOM killer has chosen 
 class News:
     """A bounded queue, and its way to the files; what is in it is written by a thread."""
 
-    def __init__(self, runtime_dir: Path, store: Store) -> None:
+    def __init__(self, runtime_dir: Path, store: Store, meter: Meter | None = None) -> None:
         self._runtime_dir = runtime_dir
         self._store = store
         self._pending: asyncio.Queue[dict[str, Any]] = asyncio.Queue(_PENDING_MAX)
         self._dropped = 0
+        self._meter = meter or Meter()
 
     def take(self, entry: dict[str, Any]) -> None:
         """Keep what happened."""
@@ -35,6 +37,7 @@ class News:
             self._pending.put_nowait(entry)
         except asyncio.QueueFull:
             self._dropped += 1
+            self._lost(entry)
 
     def tell(self, kind: str, text: str, level: str = "info") -> None:
         """Keep what happened to ublkwatch itself."""
@@ -59,10 +62,13 @@ class News:
         return found
 
     def _write(self, news: list[dict[str, Any]]) -> None:
+        events = [entry for entry in news if "text" in entry]
         try:
-            trail.add(self._runtime_dir, [entry for entry in news if "text" in entry])
+            trail.add(self._runtime_dir, events)
         except OSError as error:
             _log.warning("events not written: %s", error)
+            for _ in events:
+                self._meter.dropped("event")
         for entry in news:
             if entry["kind"] in HISTORY_KINDS:
                 self._write_history(entry)
@@ -72,7 +78,16 @@ class News:
             since = time.monotonic() - entry["timeline"][-1][1] - _OOM_S
             if kmsg.oom_killed(entry["lost_pid"], since):
                 entry = entry | {"cause": chronicle.OOM_KILL}
+        if "cause" in entry:
+            self._meter.cause(entry["cause"])
         try:
             self._store.add_history(entry)
         except (OSError, self._store.HistoryError) as error:
             _log.warning("history not written: %s", error)
+            self._meter.dropped("history")
+
+    def _lost(self, entry: dict[str, Any]) -> None:
+        if "text" in entry:
+            self._meter.dropped("event")
+        if entry["kind"] in HISTORY_KINDS:
+            self._meter.dropped("history")

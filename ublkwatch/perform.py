@@ -11,7 +11,7 @@ import errno
 import json
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ublkwatch import ends, starts
@@ -40,6 +40,7 @@ from ublkwatch.events import (
     WriteLine,
 )
 from ublkwatch.lanes import Lanes
+from ublkwatch.meter import Meter
 from ublkwatch.model import DevInfo, QueueConfig, Record, ServerId, Traffic
 from ublkwatch.rules import Unmanaged
 from ublkwatch.starts import about, tag_of
@@ -116,6 +117,7 @@ class Edges:
     care: Callable[[DevInfo, Origin | None], Awaitable[Care | Unmanaged]]
     kept: starts.Kept
     lanes: Lanes
+    meter: Meter = field(default_factory=Meter)
 
 
 class Caller(ends.Caller, Protocol):
@@ -259,6 +261,7 @@ class Performer:
             await asyncio.to_thread(self._edges.store.save_spec, spec)
         except OSError as error:
             _log.warning("ublk %d: spec not saved: %s", record.dev_id, error)
+            self._edges.meter.dropped("spec")
 
     async def _read_queue(self, info: DevInfo) -> QueueConfig:
         answer = await self._edges.workers.call(

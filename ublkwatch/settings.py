@@ -65,7 +65,7 @@ TOP = {
     "poll_interval_s": Key(float, 1.0, "seconds between two looks at all devices", 0.05, 60),
 }
 METRICS = {
-    "enabled": Key(bool, True, "serve /metrics"),
+    "enabled": Key(bool, True, "serve /metrics, /healthz and /readyz"),
     "address": Key(str, "127.0.0.1", "the address to listen on"),
     "port": Key(int, 9787, "the port to listen on; 0 lets the kernel choose", 0, 65535),
 }

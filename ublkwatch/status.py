@@ -88,11 +88,16 @@ def document(  # noqa: PLR0913 - each by its name
     }
 
 
+def attempts_left(record: Record, policy: Policy, now: float) -> int:
+    """Return how many more attempts may fail until the device is given up."""
+    stable = record.phase is Phase.WATCHING and now - record.since >= policy.stable_s
+    recent = [at for at in record.failures if now - at <= policy.window_s and not stable]
+    return max(0, policy.attempts_max - len(recent))
+
+
 def _device(record: Record, policy: Policy, times: Times) -> dict[str, Any]:
     info, now, offset = record.info, times.now, times.wall - times.now
     mode = RecoveryMode.of(info.flags) if info else None
-    stable = record.phase is Phase.WATCHING and now - record.since >= policy.stable_s
-    recent = [at for at in record.failures if now - at <= policy.window_s and not stable]
     cause, cause_detail = chronicle.cause(record) if record.marks else (None, None)
     comes = due(record, policy)
     return {
@@ -125,7 +130,7 @@ def _device(record: Record, policy: Policy, times: Times) -> dict[str, Any]:
         "detected_at": record.marks[0][1] + offset if record.marks else None,
         "timeline": [[name, at - record.marks[0][1]] for name, at in record.marks],
         "attempts": record.attempts,
-        "attempts_left": max(0, policy.attempts_max - len(recent)),
+        "attempts_left": attempts_left(record, policy, now),
         "held": record.held,
         "held_until": None if record.held_until is None else record.held_until + offset,
         "held_by": record.held_by or None,
