@@ -23,7 +23,7 @@ lint: .venv/.ready
 
 docs: .venv/.ready
 	@$(PYTHON) -m tests.manual
-	@$(PYTHON) -m tests.deployed
+	@$(PYTHON) tests/deployed.py
 
 # On two kernels, some twenty minutes: python -m bench --help has the options.
 bench: setup

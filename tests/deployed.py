@@ -1,12 +1,17 @@
-"""``python -m tests.deployed``: writes what in deploy/ is made from something else.
+"""``python tests/deployed.py``: writes what in deploy/ is made from something else.
 
-The PrometheusRule, for Kubernetes, from the rules; tests hold it to be current.
+The PrometheusRule, for Kubernetes, from the rules, and Grafana's dashboard from its description;
+tests hold them to be current.
 """
 
 from __future__ import annotations
 
+import json
 import textwrap
 from pathlib import Path
+
+from dashboard import ROWS
+from grafana import dashboard
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 RULES = DEPLOY / "prometheus/ublkwatch.rules.yaml"
@@ -29,6 +34,7 @@ def pages() -> dict[Path, str]:
     return {
         DEPLOY / "prometheus/prometheusrule.yaml": PROMETHEUS_RULE
         + textwrap.indent(groups[1] + groups[2], "  "),
+        DEPLOY / "grafana/ublkwatch.json": json.dumps(dashboard(ROWS), indent=2) + "\n",
     }
 
 

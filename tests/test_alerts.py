@@ -11,6 +11,7 @@ import deployed
 import pytest
 import yaml
 from programs import prometheus
+from promql import counters_bare, errors
 
 TOP = Path(__file__).parent.parent
 RUNBOOKS = "https://ublkwatch.example/docs/recovery.md"
@@ -29,6 +30,17 @@ def promtool(*arguments: str | Path) -> None:
 
 def test_the_rules_are_ones() -> None:
     promtool("check", "rules", "--lint=all", "--lint-fatal", deployed.RULES)
+
+
+@pytest.mark.parametrize("expr", [rule["expr"] for rule in RULES])
+def test_a_rule_asks_for_what_there_is(expr: str) -> None:
+    assert not list(errors(expr))
+    assert not counters_bare(expr)
+
+
+def test_rules_that_rest_on_others_rest_on_those_that_there_are() -> None:
+    recorded = {rule["record"] for rule in RULES if "record" in rule}
+    assert {name for rule in RULES for name in re.findall(r"\w+:\w+:\w+", rule["expr"])} <= recorded
 
 
 def test_the_alerts_fire_and_resolve_as_tried() -> None:
