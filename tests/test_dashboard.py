@@ -27,7 +27,7 @@ def queries(panel: grafana.Json) -> list[str]:
 
 
 def lost(given: Any, got: Any, path: str = "") -> list[str]:
-    """Return the places in which ``got`` lacks something that ``given`` has, or has it otherwise."""
+    """Return the places in which ``got`` lacks what ``given`` has, or has it otherwise."""
     if isinstance(given, dict) and isinstance(got, dict):
         return [each for key in given for each in lost(given[key], got.get(key), f"{path}/{key}")]
     if isinstance(given, list) and isinstance(got, list) and len(given) == len(got):
@@ -51,7 +51,7 @@ def test_what_grafanas_library_does_not_know_would_be_seen() -> None:
 
 
 def test_panels_are_placed_beside_each_other_and_numbered() -> None:
-    cells = set()
+    cells: set[tuple[int, int]] = set()
     for panel in MADE["panels"]:
         at = panel["gridPos"]
         own = {
