@@ -93,7 +93,10 @@ class Prometheus:
         return document["data"]
 
     def query(self, expr: str) -> list[dict[str, Any]]:
-        """Return the series that an expression has now, but those that are no number."""
+        """Return the series that an expression has now, but those that are no number.
+
+        Behind a scrape that failed there are none: on a busy machine one takes longer than 1 s.
+        """
         found: list[dict[str, Any]] = self.get("query", query=expr)["result"]
         return [each for each in found if not math.isnan(float(each["value"][1]))]
 
@@ -152,10 +155,10 @@ def test_prometheus_counts_each_crash_and_every_rule_and_panel_has_data(
         "sum(ublkwatch_server_losses_total)",
         "sum(ublkwatch_recovery_duration_seconds_count)",
     ):
-        (series,) = prometheus.query(counted)
+        (series,) = prometheus.until(counted)
         assert float(series["value"][1]) == CRASHES, counted
-    (unavailable,) = prometheus.query("ublkwatch_device_unavailable_seconds_total")
-    (held,) = prometheus.query("ublkwatch_recovery_duration_seconds_sum")
+    (unavailable,) = prometheus.until("ublkwatch_device_unavailable_seconds_total")
+    (held,) = prometheus.until("ublkwatch_recovery_duration_seconds_sum")
     assert 0 < float(held["value"][1]) <= float(unavailable["value"][1]) + 0.01 * CRASHES
 
     for rule in RULES:
