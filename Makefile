@@ -9,8 +9,8 @@ help:
 	@echo 'make demo   watch fio run through ten killed servers, on a real kernel'
 	@echo 'make test   lint, types and all tests, on two real kernels'
 	@echo 'make lint   format, lint and types only'
-	@echo 'make docs   manual pages, completions, PrometheusRule and dashboard, made anew'
-	@echo 'make bench  how fast ublkwatch recovers, beside an oracle; what it costs at rest'
+	@echo 'make docs   manual pages, completions, docs/metrics.md, PrometheusRule, dashboard: all that is made'
+	@echo 'make bench  how fast ublkwatch recovers, beside an oracle; what it and a scrape cost'
 
 demo: setup
 	@$(LAB) --timeout 170 -- $(PYTHON) -m ublkwatch.demo

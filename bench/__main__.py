@@ -2,7 +2,8 @@
 
 Status 1 when a measurement failed, or when the ratio of medians, kill to LIVE, is above
 ``--fail-above``. The results go to build/bench/ (a smoke run's to build/bench/smoke/): one JSON
-file for each kernel, with every sample and the figures, and report.md.
+file for each kernel, with every sample and the figures, scrape.json, and report.md. Without a
+kernel: python -m bench.scrape.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import report
+from bench import report, scrape
 
 TOP = Path(__file__).parent.parent
 KERNELS = ("lts", "new")
@@ -36,7 +37,9 @@ def main() -> int:
             print(f"bench: {kernel}: no result", file=sys.stderr)
             return 1
         runs.append(run)
-    text = report.markdown(runs)
+    scrapes = scrape.measure()
+    (options.out / "scrape.json").write_text(json.dumps(scrapes, indent=1) + "\n")
+    text = f"{report.markdown(runs)}\n## A scrape, on this machine\n\n{scrape.markdown(scrapes)}"
     (options.out / "report.md").write_text(text)
     print(text)
     worst = max(run["summary"]["recovery"]["live"]["ratio_of_medians"] for run in runs)

@@ -1,5 +1,6 @@
 """``python -m tests.manual``: writes docs/man and docs/completion from the command line's parsers,
-the settings' declarations, and the README's table of exit codes. A test holds them to be current.
+the settings' declarations, and the README's table of exit codes; and docs/metrics.md from those of
+the metrics. A test holds them to be current.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ublkwatch import __version__, cli, config
+from ublkwatch.measures import MEASURES, Label, Measure
 from ublkwatch.settings import CARE, DEVICE, METRICS, RECOVERY, SERVER, TOP, Key
 
 TOP_DIR = Path(__file__).parent.parent
@@ -27,6 +29,7 @@ def pages() -> dict[str, str]:
         "man/ublkwatch.toml.5": _toml_5(),
         "completion/ublkwatch.bash": _bash(verbs),
         "completion/_ublkwatch": _zsh(verbs, helps),
+        "metrics.md": _metrics(),
     }
 
 
@@ -201,6 +204,93 @@ def _kind(key: Key) -> str:
     if isinstance(key.default, bool):
         default = default.lower()
     return f"{kind}; default: {default}"
+
+
+# --- metrics -------------------------------------------------------------------------------------
+
+_METRICS_HEAD = f"""\
+# Metrics
+
+<!-- {MADE} -->
+
+`ublkwatch run` serves three pages over HTTP, on {METRICS["address"].default} port \
+{METRICS["port"].default} unless `[metrics]` says
+otherwise (`address`, `port`, `enabled`). There is neither TLS nor a password: put a proxy before it
+where others may reach the port.
+
+- /metrics: what is below, in Prometheus' text format.
+- /healthz: whether ublkwatch itself is well: its event loop runs, its poll of all devices comes to
+  an end, its runtime directory can be written. Never anything about devices: a supervisor that is
+  restarted because a device is down recovers nothing.
+- /readyz: whether all devices were looked at for the first time.
+
+The latter two answer 200, or 503 with one line that says why. For Prometheus:
+
+    scrape_configs:
+      - job_name: ublkwatch
+        static_configs:
+          - targets: ["localhost:{METRICS["port"].default}"]
+
+Series exist from the start, at zero, or from the moment on at which ublkwatch first acts on a
+device; those of a device that is gone are gone. Counters begin at zero when ublkwatch starts. An
+outage may be shorter than the time between two scrapes, and then no gauge shows it:
+`ublkwatch_device_unavailable_seconds_total` and `ublkwatch_server_losses_total` do. Histograms have
+no label `device`; a device's last outage is in `ublkwatch_device_last_held_seconds`, all of them in
+`ublkwatch history`.
+
+*Stable* means that name, type and labels stay; a label may get new values. What is *experimental*
+may change in any version, and CHANGELOG.md says so. `process_*` are those of the Prometheus client
+library.
+
+A device has some 43 series, 2.7 KiB of the page. `python -m bench.scrape` measures what that costs;
+a thread writes the page, so a recovery does not wait for it. At most 32 clients are served at a
+time: where there are more, the oldest goes, and first of all one that has not asked for anything.
+
+| metric | type | labels | stability | meaning |
+|---|---|---|---|---|
+"""
+
+
+def _metrics() -> str:
+    rows = [_metric(each) for each in MEASURES.values()]
+    values = {
+        (label.name, label.values): f"`{each.exposed}`"
+        for each in reversed(MEASURES.values())
+        for label in each.labels
+        if label.values
+    }
+    lists = [
+        f"- `{name}` of {first}: {_values(Label(name, among))}"
+        for (name, among), first in reversed(values.items())
+    ]
+    buckets: dict[tuple[float, ...], list[str]] = {}
+    for each in MEASURES.values():
+        if each.buckets:
+            buckets.setdefault(each.buckets, []).append(f"`{each.exposed}`")
+    bounds = [
+        f"- {', '.join(names)}: {', '.join(f'{bound:g}' for bound in among)}"
+        for among, names in buckets.items()
+    ]
+    parts = [
+        _METRICS_HEAD + "\n".join(rows),
+        "## Values of labels\n",
+        "`device` is the disk's name, as node_exporter has it: ublkb0. The others are closed sets;",
+        "what a label has here it has in every metric of that label, if nothing else is said.\n",
+        "\n".join(lists),
+        "\n## Buckets, in seconds\n",
+        "\n".join(bounds),
+    ]
+    return "\n".join(parts).replace("\n## V", "\n\n## V") + "\n"
+
+
+def _metric(measure: Measure) -> str:
+    labels = ", ".join(label.name for label in measure.labels) or "-"
+    cells = (f"`{measure.exposed}`", measure.kind.value, labels, measure.stability.value)
+    return f"| {' | '.join(cells)} | {measure.meaning} |"
+
+
+def _values(label: Label) -> str:
+    return ", ".join(value or "(empty)" for value in label.values)
 
 
 # --- completion ----------------------------------------------------------------------------------

@@ -10,12 +10,14 @@ import errno
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import virtual
+from notes import Notes
 
 from ublkwatch import uapi
-from ublkwatch.async_ring import AsyncRing
+from ublkwatch.async_ring import AsyncRing, Operation
 from ublkwatch.ctrl import CtrlError, UblkCtrl, patiently, unpack_dev_info
 from ublkwatch.uapi import DevFlags, DevState
 from ublkwatch.uring import Buffer
@@ -113,6 +115,48 @@ def test_a_command_that_finds_no_slot_times_out_and_leaves_nothing_open(node: Pa
         os.close(writing)
 
     on_ring(work, entries=2)
+
+
+class Mute(AsyncRing):
+    """A ring whose kernel answers nothing until the test does."""
+
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+
+    async def start(self, **_: Any) -> Operation:
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.operations.append(Operation(len(self.operations), None, done))
+        return self.operations[-1]
+
+
+def test_a_command_without_an_answer_is_wedged_until_one_comes(node: Path) -> None:
+    async def work() -> None:
+        ring, notes = Mute(), Notes()
+        ctrl = UblkCtrl(ring, node, notes)
+        with pytest.raises(CtrlError, match="GET_DEV_INFO ublk 1: ETIMEDOUT"):
+            await ctrl.get_dev_info(1, timeout_s=0)
+        assert ctrl.wedged == 1
+        ring.operations[0].done.set_result(0)
+        await asyncio.sleep(0)
+        assert ctrl.wedged == 0
+        assert notes.commands == [("GET_DEV_INFO", errno.ETIMEDOUT)]
+
+    asyncio.run(work())
+
+
+def test_a_command_that_fails_is_told_and_not_wedged(node: Path) -> None:
+    async def work(ring: AsyncRing) -> None:
+        notes = Notes()
+        ctrl = UblkCtrl(ring, node, notes)
+        with pytest.raises(CtrlError) as caught:
+            await ctrl.stop_dev(1)
+        assert notes.commands == [("STOP_DEV", caught.value.errno)]
+        assert ctrl.wedged == 0
+        ctrl = UblkCtrl(ring, Path("/dev/null"), notes)
+        await ctrl.get_features()
+        assert notes.commands[1:] == [("GET_FEATURES", 0)]
+
+    on_ring(work)
 
 
 def test_the_features_are_those_that_the_kernel_wrote() -> None:

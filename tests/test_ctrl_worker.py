@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from notes import Notes
 from patience import PATIENCE_S, until
 
 from ublkwatch.ctrl import CtrlError
@@ -52,7 +53,8 @@ class Stage:
 
     def __init__(self) -> None:
         self.peers: list[Peer] = []
-        self.workers = Workers(self._start)
+        self.notes = Notes()
+        self.workers = Workers(self._start, self.notes)
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()
@@ -229,5 +231,58 @@ def test_end_has_no_deadline_until_it_is_cancelled() -> None:
         with pytest.raises(CtrlError, match="ETIMEDOUT"):
             await end
         assert stage.workers.retired == 1
+
+    play(work)
+
+
+def test_commands_are_told_with_their_answers() -> None:
+    async def work(stage: Stage) -> None:
+        good, bad = stage.call(1), stage.call(2)
+        await stage.peers[0].serve_one()
+        await stage.peers[0].serve_one(errno.EBUSY)
+        await asyncio.wait({good, bad})
+        assert isinstance(bad.exception(), CtrlError)
+        assert stage.notes.commands == [("GET_PARAMS", 0), ("GET_PARAMS", errno.EBUSY)]
+        assert min(stage.notes.took_s) >= 0
+        silent = stage.call(3, timeout_s=0)
+        with pytest.raises(CtrlError, match="ETIMEDOUT"):
+            await silent
+        assert stage.notes.commands[2:] == [("GET_PARAMS", errno.ETIMEDOUT)]
+
+    play(work)
+
+
+def test_a_command_is_wedged_from_its_deadline_until_its_late_answer() -> None:
+    async def work(stage: Stage) -> None:
+        old = stage.peers[0]
+        silent, other = stage.call(1, timeout_s=0), stage.call(2)
+        requests = [await old.request(), await old.request()]
+        assert stage.workers.wedged == 0
+        with pytest.raises(CtrlError, match="ETIMEDOUT"):
+            await silent
+        assert stage.workers.wedged == 1
+        old.answer(requests[1])
+        await other
+        assert stage.workers.wedged == 1
+        old.answer(requests[0])
+        await until(lambda: stage.workers.wedged == 0, "it is answered")
+
+    play(work)
+
+
+def test_a_command_that_its_worker_gave_up_is_wedged_until_that_has_ended() -> None:
+    async def work(stage: Stage) -> None:
+        call = stage.call(1)
+        await stage.peers[0].serve_one(errno.ETIMEDOUT)
+        with pytest.raises(CtrlError, match="ETIMEDOUT"):
+            await call
+        assert await stage.peers[0].request() is None  # it was told to end, and the kernel waits
+        next_one = stage.call(2)
+        await until(lambda: len(stage.peers) > 1, "another worker is started")
+        await stage.peers[1].serve_one()
+        await next_one
+        assert stage.workers.wedged == 1
+        stage.peers[0].die()
+        await until(lambda: stage.workers.wedged == 0, "it has ended")
 
     play(work)

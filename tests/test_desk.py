@@ -100,7 +100,7 @@ class Place(World):
         )
         stopper = Stopper(self, self, self.features, lambda _: self.uses)
         load = partial(config.load, self.config)
-        return Desk(monitor, self.library, load, stopper, self.history.append)
+        return Desk(monitor, self.library, load, stopper, self.history.append, self.notes)
 
     async def call(
         self, command: str, dev_id: int, key: str, *, timeout_s: float, **arguments: float
@@ -580,6 +580,7 @@ def test_a_reload_says_what_is_other_and_applies_it(
     dry = f"reload: dry run, nothing is done\n{other}"
     assert capsys.readouterr().out == f"{same}{dry}reload: done\n{other}{same}"
     assert [entry["order"] for entry in place.history] == ["reload"] * 3
+    assert place.notes.reloads == [True] * 3
 
 
 def test_a_reload_of_a_bad_file_changes_nothing_and_says_why(place: Place) -> None:
@@ -592,6 +593,7 @@ def test_a_reload_of_a_bad_file_changes_nothing_and_says_why(place: Place) -> No
         assert desk.library.settings.rules
 
     play(place, story)
+    assert place.notes.reloads == [False]
 
 
 # --- what would be done --------------------------------------------------------------------------

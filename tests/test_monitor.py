@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import virtual
+from notes import Notes
 from patience import until
 from plain import NO_THREADS, PlainLauncher
 
@@ -59,6 +60,8 @@ class World(PlainLauncher):
     origin: Origin = ORIGIN
     asked: list[tuple[int, Origin | None]] = field(default_factory=list)
     care: Care | Unmanaged = field(default_factory=Unmanaged)
+    notes: Notes = field(default_factory=Notes)
+    info_error: int = 0
 
     def monitor(self, **policy: Any) -> Monitor:
         clock = asyncio.get_running_loop().time
@@ -82,6 +85,7 @@ class World(PlainLauncher):
             care=self.care_of,
             kept=self,
             lanes=Lanes(),
+            meter=self.notes,
         )
         self.care = Care(("/bin/server",), Policy(**policy), decider=("/bin/decide",))
         self.seen = Monitor(edges, Policy(), dict(self.saved), dict(self.specs))
@@ -106,8 +110,8 @@ class World(PlainLauncher):
     # --- Ctrl and Workers ------------------------------------------------------------------------
 
     async def get_dev_info(self, dev_id: int) -> DevInfo:
-        if self.info is None:
-            raise CtrlError(errno.ENODEV, "GET_DEV_INFO", dev_id)
+        if self.info is None or self.info_error:
+            raise CtrlError(self.info_error or errno.ENODEV, "GET_DEV_INFO", dev_id)
         return self.info
 
     async def call(
@@ -442,3 +446,43 @@ def test_a_bug_over_one_device_does_not_end_the_watch_over_others() -> None:
         await phase(world, Phase.WATCHING)
 
     play(world, story)
+
+
+@pytest.mark.parametrize(
+    ("error", "failed"), [(errno.ETIMEDOUT, True), (errno.EINVAL, False), (errno.ENODEV, False)]
+)
+def test_a_poll_tells_whether_it_failed(error: int, failed: bool) -> None:  # noqa: FBT001
+    world = World()
+
+    async def story() -> None:
+        await phase(world, Phase.WATCHING)
+        assert True not in world.notes.polls
+        world.info_error = error
+        before = len(world.notes.polls)
+        await until(lambda: len(world.notes.polls) > before + 2, "it polls")
+        assert world.notes.polls[-1] is failed
+        world.info_error = 0
+        await until(lambda: not world.notes.polls[-1], "it polls well again")
+
+    play(world, story)
+
+
+def test_every_record_is_told_as_it_is_and_what_the_disk_does_not_take() -> None:
+    world = World()
+
+    async def story() -> None:
+        await phase(world, Phase.WATCHING)
+        world.disk_full = True
+        world.crash()
+        await until(lambda: world.notes.lost, "it is told")
+        assert world.notes.records[-1].phase is Phase.WATCHING
+        world.disk_full = False
+        await until(lambda: world.notes.records[-1].phase is not Phase.WATCHING, "it is")
+        record = await phase(world, Phase.WATCHING)
+        assert world.notes.records[-1] == record
+        world.info = None
+        await until(lambda: not world.seen.records(), "it is gone")
+
+    play(world, story)
+    assert [record.phase for record in world.notes.records[-1:]] == [Phase.GONE]
+    assert set(world.notes.lost) == {"record"}

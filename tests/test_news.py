@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from notes import Notes
 from patience import until
 from test_overview import ATTACHING, EXHAUSTED, RECOVERED
 from test_status import HEALTHY, NOW, WALL
@@ -98,17 +99,21 @@ def test_news_go_where_they_belong(store: Store, tmp_path: Path) -> None:
 
 def test_what_comes_too_fast_is_lost_and_that_is_said(store: Store, tmp_path: Path) -> None:
     async def story() -> None:
-        news = News(tmp_path / "run", store)
+        news = News(tmp_path / "run", store, notes)
         for number in range(PENDING_MAX + 5):
             news.tell("started", f"{number}")
+        assert notes.lost == ["event"] * 5
+        news.take(outage(RECOVERY))
+        assert notes.lost[5:] == ["history"]
         await news.finish()
         await news.finish()
 
+    notes = Notes()
     asyncio.run(story())
     *_, last, dropped = everything(tmp_path / "run")
     assert last["text"] == f"{PENDING_MAX - 1}"
     assert (dropped["kind"], dropped["level"]) == ("dropped", "warning")
-    assert dropped["text"] == "5 events came too fast and are lost"
+    assert dropped["text"] == "6 events came too fast and are lost"
 
 
 def test_a_disk_that_takes_nothing_harms_nobody(
@@ -118,11 +123,14 @@ def test_a_disk_that_takes_nothing_harms_nobody(
     (tmp_path / "lib/history.sqlite").mkdir()
 
     async def story() -> None:
-        news = News(tmp_path / "run", store)
+        news = News(tmp_path / "run", store, notes)
         news.take(chronicle.event(RECOVERY, "info", "ublk 0: recovered"))
         news.take(outage(RECOVERY))
         await news.finish()
 
+    notes = Notes()
     asyncio.run(story())
     assert "events not written: " in caplog.text
     assert "history not written: " in caplog.text
+    assert notes.lost == ["event", "history"]
+    assert notes.causes == ["signal"]  # it was lost all the same

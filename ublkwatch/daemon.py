@@ -43,7 +43,7 @@ from ublkwatch.lanes import Lanes
 from ublkwatch.launch import Launcher, start_worker
 from ublkwatch.library import Library, declared_threads, known_servers
 from ublkwatch.metrics import Metrics, Sources
-from ublkwatch.model import UNKNOWN, DevInfo, Generation, Record, ServerId
+from ublkwatch.model import UNKNOWN, DevInfo, Generation, Policy, Record, ServerId
 from ublkwatch.monitor import Monitor
 from ublkwatch.news import News
 from ublkwatch.perform import Edges, Threads
@@ -157,7 +157,7 @@ class Daemon:
         probes = Probes(self._metrics, self._health)
         self._metrics.sources = Sources(
             records=self._monitor.records,
-            policy=self._monitor.policy,
+            policy=self._chosen,
             started_at=_started_at,
             generation=self._generation,
             features=features,
@@ -262,6 +262,10 @@ class Daemon:
         """Keep an order; what it changed is worth a status document, too."""
         self._dirty.set()
         self._news.take(entry)
+
+    def _chosen(self, dev_id: int) -> Policy | None:
+        care = self._monitor.care(dev_id)
+        return care.policy if care else None
 
     def _server_name(self, record: Record) -> str:
         care, origin = self._monitor.care(record.dev_id), self._monitor.origin(record)

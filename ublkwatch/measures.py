@@ -196,7 +196,7 @@ def _declared() -> tuple[Measure, ...]:
             "device_unavailable_seconds",
             counter,
             "Time in which nobody served the device, from the detection on; advances while it is "
-            "down. Of recoverable devices; a server that hangs counts as one.",
+            "down. Of recoverable devices; one whose server hangs is not down.",
             (DEVICE,),
         ),
         Measure(

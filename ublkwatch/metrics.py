@@ -35,7 +35,7 @@ class Sources:
     """Whom a scrape asks, on the loop."""
 
     records: Callable[[], Iterable[Record]] = tuple
-    policy: Callable[[int], Policy] = lambda _: Policy(has_spec=False)
+    policy: Callable[[int], Policy | None] = lambda _: None  # None: in nobody's care
     started_at: Callable[[ServerId], float | None] = lambda _: None
     generation: Generation = Generation.UNKNOWN
     features: DevFlags | None = None  # None: the driver cannot say
@@ -201,8 +201,8 @@ class Metrics(Meter):
         policy, server = self.sources.policy(record.dev_id), record.server
         return Seen(
             record,
-            handoff=policy.handoff.value if policy.has_spec else "",
-            attempts_left=attempts_left(record, policy, now) if policy.has_spec else None,
+            handoff=policy.handoff.value if policy else "",
+            attempts_left=attempts_left(record, policy, now) if policy else None,
             changed_at=round(record.since + offset, 3),
             server_started_at=self.sources.started_at(server) if server else None,
             down_s=self._downtime.seconds(record.dev_id, now) if counts(record) else None,

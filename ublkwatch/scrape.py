@@ -61,6 +61,11 @@ class Scrapes:
         self._clients: dict[asyncio.Task[None], bool] = {}  # in order; whether they have asked
         self.refused = 0  # how many had to go for the sake of others, ever
 
+    @property
+    def clients(self) -> int:
+        """Return how many are connected."""
+        return len(self._clients)
+
     async def start(self, address: str, port: int) -> int:
         """Listen and return the port; OSError when the address cannot be had."""
         self._server = await asyncio.start_server(self._accept, address, port, limit=_REQUEST_MAX)
