@@ -68,8 +68,8 @@ def test_a_crash_and_a_device_that_goes_are_seen_by_prometheus(
     assert all(value for name, value in after.items() if "collector_success" in name)
 
     _, text = asked(supervisor, "/metrics")
-    command = [str(program("promtool")), "check", "metrics"]
-    linted = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+    linter = [str(program("promtool")), "check", "metrics"]
+    linted = subprocess.run(linter, input=text, capture_output=True, text=True, check=False)
     assert (linted.returncode, linted.stderr) == (0, "")
 
     control.remove(0)
