@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from conftest import wait_until
+from programs import prometheus as program
 from supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ def test_a_crash_and_a_device_that_goes_are_seen_by_prometheus(
     assert all(value for name, value in after.items() if "collector_success" in name)
 
     _, text = asked(supervisor, "/metrics")
-    promtool = ["promtool", "check", "metrics"]
-    linted = subprocess.run(promtool, input=text, capture_output=True, text=True, check=False)
+    linter = [str(program("promtool")), "check", "metrics"]
+    linted = subprocess.run(linter, input=text, capture_output=True, text=True, check=False)
     assert (linted.returncode, linted.stderr) == (0, "")
 
     control.remove(0)
