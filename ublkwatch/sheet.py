@@ -63,6 +63,9 @@ def _so_far(device: Device) -> str:
     text = f"{times} {'recovery' if times == 1 else 'recoveries'}"
     if times and held is not None:
         text += f", at the last one I/O was held for {milliseconds(held)}"
+    if device["phase"] == "failed":
+        tried = device["attempts"]
+        return f"{text}; given up after {tried} attempt{'s' * (tried != 1)}"
     left = device["attempts_left"]
     return f"{text}; {left} failed attempt{'s' * (left != 1)} left until it is given up"
 

@@ -91,8 +91,6 @@ def document(  # noqa: PLR0913 - each by its name
 def _device(record: Record, policy: Policy, times: Times) -> dict[str, Any]:
     info, now, offset = record.info, times.now, times.wall - times.now
     mode = RecoveryMode.of(info.flags) if info else None
-    stable = record.phase is Phase.WATCHING and now - record.since >= policy.stable_s
-    recent = [at for at in record.failures if now - at <= policy.window_s and not stable]
     cause, cause_detail = chronicle.cause(record) if record.marks else (None, None)
     comes = due(record, policy)
     return {
@@ -125,7 +123,7 @@ def _device(record: Record, policy: Policy, times: Times) -> dict[str, Any]:
         "detected_at": record.marks[0][1] + offset if record.marks else None,
         "timeline": [[name, at - record.marks[0][1]] for name, at in record.marks],
         "attempts": record.attempts,
-        "attempts_left": max(0, policy.attempts_max - len(recent)),
+        "attempts_left": max(0, policy.attempts_max - len(_counted(record, policy, now))),
         "held": record.held,
         "held_until": None if record.held_until is None else record.held_until + offset,
         "held_by": record.held_by or None,
@@ -135,6 +133,15 @@ def _device(record: Record, policy: Policy, times: Times) -> dict[str, Any]:
         "ailing_since": record.ill.since + offset if record.ill and complaint(record) else None,
         "care": policy_document(policy) if policy.has_spec else None,
     }
+
+
+def _counted(record: Record, policy: Policy, now: float) -> tuple[float, ...]:
+    """Return the failures that count: all in an outage, else what the next one would begin with."""
+    if record.phase is not Phase.WATCHING:
+        return record.failures
+    if now - record.since >= policy.stable_s:
+        return ()
+    return tuple(at for at in record.failures if now - at <= policy.window_s)
 
 
 def _server(
