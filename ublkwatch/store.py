@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -200,8 +200,13 @@ def read_record(runtime_dir: Path, dev_id: int) -> Record | None:
     return record
 
 
-def read_registrations(state_dir: Path) -> dict[str, dict[str, Any]]:
-    """Return what operators have registered; for who only wants to look. PermissionError."""
+def read_registrations(
+    state_dir: Path, broken: Callable[[Path, Exception], None] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return what operators have registered; for who only wants to look. PermissionError.
+
+    ``broken`` is told of each file that cannot be understood; where it is None, the log is.
+    """
     found: dict[str, dict[str, Any]] = {}
     home = state_dir / "registered"
     try:
@@ -216,7 +221,10 @@ def read_registrations(state_dir: Path) -> dict[str, dict[str, Any]]:
         except PermissionError:
             raise
         except _GARBAGE as error:
-            _log.error("%s cannot be understood (%r)", path, error)
+            if broken is None:
+                _log.error("%s cannot be understood (%r)", path, error)
+            else:
+                broken(path, error)
     return found
 
 
