@@ -151,6 +151,7 @@ class Daemon:
         stopper = Stopper(ctrl, workers, features, usage)
         self._desk = Desk(self._monitor, self._library, self._load, stopper, self._remember)
         group = _group(settings.admin_group)
+        self._store.show_records_to(group)
         door = admin.Admin(settings.runtime_dir, self._desk.take, group=group)
         try:
             await _prepare(workers)

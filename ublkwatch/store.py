@@ -88,10 +88,17 @@ class Store:
         """Let the next one in."""
         os.close(self._lock)
 
+    def show_records_to(self, group: int | None) -> None:
+        """Let a group read the records, beside root; None: root alone. OSError."""
+        for path in (self._records, *self._records.glob("*.json")):
+            os.chown(path, -1, os.getegid() if group is None else group)
+        # Whatever is written there from now on is the group's, too.
+        self._records.chmod(0o700 if group is None else 0o2750)
+
     def save_record(self, record: Record) -> None:
         """Commit what the machine knows; OSError when it could not be written."""
         content = {"version": _VERSION} | _encode(record)
-        replace_file(self._records / f"{record.dev_id}.json", json.dumps(content))
+        replace_file(self._records / f"{record.dev_id}.json", json.dumps(content), mode=0o640)
 
     def drop_record(self, dev_id: int) -> None:
         """Forget a device that is gone."""

@@ -93,6 +93,11 @@ def locked(path: Path) -> bool:
     return False
 
 
+def operators(settings: Config) -> str:
+    """Name who may give orders, and look at what is not for everybody."""
+    return f"root, and group {settings.admin_group}," if settings.admin_group else "root"
+
+
 def may_administer() -> bool:
     """Root in a container may lack the capability: it is what the kernel asks for, not the uid."""
     for line in Path("/proc/self/status").read_text().splitlines():
