@@ -109,7 +109,7 @@ def test_times_in_the_document_are_wall_times() -> None:
 def test_what_comes_next_is_foretold_with_its_time() -> None:
     backing_off = device(BACKING_OFF)
     assert (backing_off["next_action"], backing_off["next_by"]) == ("attempt", None)
-    says = f"the next attempt {{@{WALL + 0.5:.3f}}}; 3 of 5 failures are used up"
+    says = f"the next attempt {{@{WALL + 0.5:.3f}}}; failed so far: 3 of 5"
     assert (backing_off["outlook"], backing_off["remedy"]) == ([says], None)
     draining = device(replace(BACKING_OFF, phase=Phase.DRAINING))
     assert (draining["next_action"], draining["next_at"]) == ("START", None)
