@@ -31,7 +31,10 @@ KERNEL_TESTS_S = 3600
 _MANY = "tests/kernel/test_many.py"
 _LONG = tuple(
     f"tests/kernel/test_{it}.py"
-    for it in ("watch", "interference", "kublk", "modes", "armour", "placement", "tools", "hung")
+    for it in (
+        *("watch", "interference", "kublk", "modes", "armour", "placement", "tools", "hung"),
+        *("pages", "verbs"),
+    )
 )
 _REST = ("tests/kernel", *(f"--ignore={path}" for path in (*_LONG, _MANY, "tests/kernel/systemd")))
 # Kernel, init and tests of each guest; the longest come first.
