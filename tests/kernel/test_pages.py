@@ -39,7 +39,7 @@ SITUATIONS = {
     HELD: ("none", ""),
     STALLED: ("none", "stall_timeout_s = 2"),
 }
-LOOKED_AT_S = 300.0  # what it takes to take pages, and far more
+LOOKED_AT_S = 600.0  # what it takes to take all pages, and far more
 
 
 def tables(server: Servers) -> str:
