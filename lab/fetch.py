@@ -39,6 +39,7 @@ TOOLS: Final[Mapping[str, str]] = {
     "mkfs.xfs": "xfsprogs",
     "dmsetup": "dmsetup",
     "strace": "strace",
+    "zsh": "zsh",
     "cc": "gcc",
     "/usr/include/stdio.h": "libc6-dev",
     str(KEYRING): "debian-archive-keyring",
