@@ -3,14 +3,15 @@ PYTHON := .venv/bin/python
 # The kernels' lab, or this very machine where it has the driver.
 LAB := $(PYTHON) lab/lab.py run $(if $(wildcard /dev/ublk-control),--host,--kernel lts --cpus 2)
 
-.PHONY: help demo test test-full lint bench bench-smoke docs setup clean
+.PHONY: help demo test test-full lint bench bench-smoke docs dashboard-types setup clean
 
 help:
 	@echo 'make demo   watch fio run through ten killed servers, on a real kernel'
 	@echo 'make test   lint, types and all tests, on two real kernels'
 	@echo 'make test-full  the same, and what is about ublkwatch alone on both of them'
 	@echo 'make lint   format, lint and types only'
-	@echo 'make docs   manual pages, completions and docs/metrics.md, written anew from the code'
+	@echo 'make docs   manual pages, completions, docs/metrics.md, PrometheusRule, dashboard: all that is made'
+	@echo 'make dashboard-types  the dashboard against the types of the newest Grafana; needs npm'
 	@echo 'make bench  how fast ublkwatch recovers, beside an oracle; what it and a scrape cost'
 
 demo: setup
@@ -27,6 +28,7 @@ lint: .venv/.ready
 
 docs: .venv/.ready
 	@$(PYTHON) -m tests.manual
+	@$(PYTHON) tests/deployed.py
 
 # On two kernels, some twenty minutes: python -m bench --help has the options.
 bench: setup
@@ -34,6 +36,12 @@ bench: setup
 
 bench-smoke: setup
 	@$(PYTHON) -m bench --smoke $(if $(wildcard /dev/ublk-control),--host)
+
+# Needs node and npm, which nothing else here does; so no part of the tests.
+dashboard-types:
+	@mkdir -p build && cp -r tests/types build
+	@cd build/types && npm install --silent --no-audit --no-fund --no-package-lock
+	@cd build/types && node check.js ../../deploy/grafana/ublkwatch.json
 
 # Everything that the above need: Python with its packages, kernels, QEMU, fio, a C compiler.
 setup: .venv/.ready

@@ -39,7 +39,7 @@ TOOLS: Final[Mapping[str, str]] = {
     "mkfs.xfs": "xfsprogs",
     "dmsetup": "dmsetup",
     "strace": "strace",
-    "promtool": "prometheus",
+    "zsh": "zsh",
     "cc": "gcc",
     "/usr/include/stdio.h": "libc6-dev",
     str(KEYRING): "debian-archive-keyring",
@@ -49,6 +49,7 @@ TOOLS: Final[Mapping[str, str]] = {
 BUSYBOX_SUITE: Final = "trixie"
 HEADERS_PACKAGE: Final = "linux-libc-dev"
 HEADERS_SUITES: Final = ("trixie-backports", "sid")
+PROMETHEUS_SUITE: Final = "bookworm"  # the oldest that our rules are for
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,24 @@ def headers() -> Path:
     if not include.is_dir():
         raise LabError(f"the kernel's headers are not at {include}; get them: {me()} setup")
     return include
+
+
+def fetch_prometheus(cache: Path, archive: Archive) -> None:
+    """Bring Prometheus and promtool into the cache: installed, it would start as a service."""
+    with staging(cache) as stage:
+        say("fetching prometheus")
+        home = stage / "home"
+        home.mkdir()
+        archive.unpack([f"prometheus/{PROMETHEUS_SUITE}"], home)
+        (home / "usr/bin").rename(cache / "prometheus")
+
+
+def prometheus() -> Path:
+    """Return the directory of prometheus and promtool, or say how to get them."""
+    directory = cache_directory() / "prometheus"
+    if not directory.is_dir():
+        raise LabError(f"prometheus is not at {directory}; get it: {me()} setup")
+    return directory
 
 
 def missing_packages(tools: Sequence[str] = tuple(TOOLS)) -> list[str]:
@@ -143,6 +162,7 @@ def lacking(cache: Path, kernels: Sequence[str]) -> list[Part]:
     parts = {
         cache / "busybox": Part("busybox", (BUSYBOX_SUITE,), fetch_busybox),
         cache / "headers": Part("headers", HEADERS_SUITES, fetch_headers),
+        cache / "prometheus": Part("prometheus", (PROMETHEUS_SUITE,), fetch_prometheus),
         cache / "kublk": Part("kublk", SUITES, fetch_kublk),  # built against the headers
     }
     missing = [part for place, part in parts.items() if not place.exists()]

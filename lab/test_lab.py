@@ -200,6 +200,12 @@ def test_kublk_is_where_the_verb_says_and_runs_here_and_in_a_guest() -> None:
     assert b"state LIVE" in done.stdout
 
 
+def test_prometheus_is_where_the_verb_says_and_runs_here() -> None:
+    directory = Path(lab("prometheus").stdout.decode().strip())
+    for program in ("prometheus", "promtool"):
+        subprocess.run([directory / program, "--version"], capture_output=True, check=True)
+
+
 def test_a_setup_without_a_network_ends_in_one_line_that_says_what_to_repeat(
     tmp_path: Path,
 ) -> None:
@@ -217,7 +223,7 @@ def test_a_setup_without_a_network_ends_in_one_line_that_says_what_to_repeat(
     assert done.returncode == 125
     progress, last = done.stderr.decode().splitlines()
     assert progress.startswith("lab: reading package lists of ")
-    assert last.startswith("lab: could not fetch busybox, headers, kublk, kernel new: ")
+    assert last.startswith("lab: could not fetch busybox, headers, prometheus, kublk, kernel new: ")
     assert "Failed to fetch it" in last
     assert last.endswith("lab.py setup --kernel new")
     assert [path.name for path in cache.iterdir()] == ["lock"]

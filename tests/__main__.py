@@ -36,7 +36,10 @@ def _kernel(*names: str) -> tuple[str, ...]:
 # What takes long, and depends on the driver.
 _LONG = _kernel("watch", "interference", "kublk", "modes", "hung")
 # What is about ublkwatch alone: an ordinary run tries it on one kernel.
-_OURS = _kernel("armour", "placement", "tools", "orders", "refusals", "c_example")
+_OURS = _kernel(
+    *("armour", "placement", "tools", "orders", "refusals", "c_example", "pages", "verbs"),
+    *("scraped", "prometheus"),
+)
 # In a guest that has nothing else servers are our children; where systemd is process 1, its units.
 _MANY = _kernel("many")
 _UNITS = ("tests/kernel/systemd",)

@@ -12,6 +12,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,7 @@ from ublkwatch.ctrl import CtrlError
 from ublkwatch.ctrl_worker import Workers
 from ublkwatch.identity import Judge
 from ublkwatch.launch import Launcher, start_worker
+from ublkwatch.metrics import Metrics
 from ublkwatch.model import Generation, Phase, Policy, QueueConfig, Record
 from ublkwatch.news import News
 from ublkwatch.store import Store
@@ -80,12 +82,13 @@ async def main(home: Path) -> None:  # noqa: PLR0915 - a recovery has as many st
     judge = Judge()
     judge.meet("nobody")
     launcher = Launcher(home / "run", lambda _: ready.set(), judge=judge)
-    workers = Workers(start_worker)
+    metrics = Metrics(clock=time.monotonic, wall=time.time)
+    workers = Workers(start_worker, metrics)
     await launcher.prepare()
     await workers.prepare()
     following = await followed()
     store = Store(home / "run", home / "state")
-    news = News(home / "run", store)
+    news = News(home / "run", store, metrics)
     lines = log.Log()
     exited = asyncio.Event()
     servers = server.Servers(server.read_boot_id(), lambda _, __: exited.set())
@@ -99,6 +102,7 @@ async def main(home: Path) -> None:  # noqa: PLR0915 - a recovery has as many st
     lost.kill()
     await within(exited.wait())
     store.save_record(record)
+    metrics.stepped(record, 1.0)
     await asyncio.to_thread(store.save_spec, Spec(0, "boot/1", QueueConfig(1, 16, 4096, 0, {})))
     await look(servers)
     assert await within(launcher.shutting_down()) is False
@@ -120,6 +124,7 @@ async def main(home: Path) -> None:  # noqa: PLR0915 - a recovery has as many st
     )
     await asyncio.to_thread(store.write_status, json.dumps(document))
     news.tell("recovery", "it is back")
+    assert b"process_open_fds" in await within(metrics.page())
     await within(news.finish())
     await within(exited.wait())
     launcher.how_ended(pid)

@@ -423,6 +423,10 @@ _ublkwatch() {{
             )
             _describe verb verbs ;;
         rest)
+            if (( ${{words[(i)--]}} < CURRENT )); then  # what follows is a server's own command
+                _files
+                return
+            fi
             case $words[1] in
 {chr(10).join(cases)}
             esac ;;

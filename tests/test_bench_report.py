@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench import observer, report
+from bench import observer, report, scrape
 
 
 def sample(spawned: float, ready: float, live: float, **more: float) -> dict[str, float]:
@@ -134,3 +134,13 @@ def test_trace_is_read_for_one_process() -> None:
     assert observer.moments(trace, 77) == {"spawned": 12.0001, "ready": 12.5}
     assert observer.moments(trace, 79) == {"ready": 13.0}
     assert observer.moments(trace, 7) == {}
+
+
+def test_a_scrape_is_measured_by_the_number_of_devices() -> None:
+    rows = scrape.measure((1, 2, 3), rounds=1)
+    each = rows[1]["series"] - rows[0]["series"]
+    assert rows[2]["series"] - rows[1]["series"] == each > 0
+    assert all(row["cpu_s"] >= row["loop_s"] > 0 for row in rows)
+    text = scrape.markdown(rows)
+    assert f"From 1 to 2 devices each one more costs {each} series" in text
+    assert "Ratio of these, 1 where it grows linearly: bytes" in text

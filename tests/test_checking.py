@@ -116,6 +116,20 @@ def test_registrations_are_looked_at_as_well(tmp_path: Path) -> None:
     assert late.fix == "ublkwatch unregister late"
 
 
+def test_a_registration_that_is_damaged_is_among_what_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, "")
+    Store(tmp_path / "run", tmp_path / "state").close()
+    damaged = tmp_path / "state/registered/vms.json"
+    damaged.write_text('{"version": 1')
+    assert cli.main(["check-config", str(path)]) == Exit.CONFIG
+    told = capsys.readouterr()
+    assert f"bad     {damaged}: cannot be understood (" in told.out
+    assert f"        try: rm {damaged}; then register it anew\n" in told.out
+    assert told.err == ""
+
+
 def test_the_exit_code_tells_and_programs_get_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

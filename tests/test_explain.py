@@ -121,7 +121,7 @@ Tried:   2 attempts, since its server was lost 4.0 s ago (T-4; its process ended
              +2.000 s  an attempt failed
              +3.000 s  backoff
              +3.000 s  an attempt failed
-Next:    the next attempt in 3.2 s; 3 of 5 failures are used up
+Next:    the next attempt in 3.2 s; failed so far: 3 of 5
 I/O:     what was in flight is sent again to the new server; what came since waits
 You can: ublkwatch hold 3        nothing is begun or ended until it is released; --for 30m ends \
 that by itself
@@ -198,7 +198,7 @@ def test_whether_somebody_is_there_to_act_is_said_first() -> None:
         ),
         ({"phase": Phase.STOPPING, "held": True}, {}, "when all has ended, it is held"),
         ({"phase": Phase.STOPPING, "then": Phase.OBSERVED}, {}, "when all has ended, it is obs"),
-        ({"phase": Phase.BACKOFF}, {}, "the next attempt in 3.2 s; 3 of 5 failures are used up"),
+        ({"phase": Phase.BACKOFF}, {}, "the next attempt in 3.2 s; failed so far: 3 of 5"),
         ({"phase": Phase.DECIDING}, {}, "exit status says (10: try again, 20: STOP_DEV, else: w"),
         ({"phase": Phase.DECIDING}, {}, "without an answer it stays failed, in 3.2 s"),
         ({"phase": Phase.FAILING}, {}, "STOP_DEV, once the server is known to be dead"),

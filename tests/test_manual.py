@@ -1,7 +1,8 @@
-"""The manual pages and the completions are what the code is, and a real bash takes the latter."""
+"""The manual pages and the completions are what the code is; real shells take the latter."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -21,6 +22,7 @@ from ublkwatch.verbs import Exit
 
 PAGES = pages()
 BASH = TOP_DIR / "docs/completion/ublkwatch.bash"
+ZSH = TOP_DIR / "docs/completion/_ublkwatch"
 MACROS = {"TH", "SH", "SS", "TP", "PP", "B", "I", "BR", "nh", '\\"'}
 
 
@@ -73,7 +75,7 @@ def sys_home(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
+COMPLETIONS = pytest.mark.parametrize(
     ("words", "wanted"),
     [
         ("ho", {"hold"}),
@@ -88,9 +90,13 @@ def sys_home(tmp_path: Path) -> Path:
         ("status --config fi", {"file.toml"}),
         ("check-config fi", {"file.toml"}),
         ("register 0 -- fi", {"file.toml"}),
+        ("register --exe /bin/x -- fi", {"file.toml"}),
         ("nonsense ", set()),
     ],
 )
+
+
+@COMPLETIONS
 def test_bash_completes(sys_home: Path, words: str, wanted: set[str]) -> None:
     script = f"""
         source {BASH}
@@ -107,18 +113,33 @@ def test_bash_completes(sys_home: Path, words: str, wanted: set[str]) -> None:
     assert set(filter(None, done.stdout.split("\n"))) == wanted
 
 
-@pytest.fixture
-def shell(sys_home: Path) -> Iterator[int]:
-    """A bash at a terminal, with the completion sourced."""
+SHELLS = {
+    "bash": (["--norc", "--noprofile", "-i"], f"source {BASH}"),
+    "zsh": (
+        ["-f", "-i"],
+        f"fpath=({ZSH.parent} $fpath) LISTMAX=999; autoload -Uz compinit; compinit -D -u",
+    ),
+}
+
+
+@contextlib.contextmanager
+def at_a_terminal(shell: str, home: Path) -> Iterator[int]:
+    """Have a shell with its completion at a terminal."""
+    options, prepare = SHELLS[shell]
     pid, terminal = pty.fork()
     if pid == 0:
-        environment = {"PATH": os.environ["PATH"], "TERM": "dumb", "_UBLKWATCH_SYS": str(sys_home)}
-        os.execvpe("bash", ["bash", "--norc", "--noprofile", "-i"], environment)  # noqa: S606
-    os.write(terminal, f"source {BASH}; echo rea''dy\n".encode())
-    hear(terminal, "ready")
-    yield terminal
-    os.close(terminal)
-    os.waitpid(pid, 0)
+        os.chdir(home)
+        path = f"{home}:{os.environ['PATH']}"
+        environment = {"PATH": path, "TERM": "dumb", "_UBLKWATCH_SYS": str(home)}
+        os.execvpe(shell, [shell, *options], environment)  # noqa: S606
+    try:
+        # What is typed before a prompt is the terminal's to edit, and not yet the shell's.
+        os.write(terminal, f"{prepare}; PS1='rea''dy> '\n".encode())
+        hear(terminal, "ready> ")
+        yield terminal
+    finally:
+        os.close(terminal)
+        os.waitpid(pid, 0)
 
 
 def hear(terminal: int, wanted: str) -> str:
@@ -130,8 +151,32 @@ def hear(terminal: int, wanted: str) -> str:
     return heard
 
 
-def test_somebody_at_a_terminal_presses_tab(shell: int) -> None:
-    os.write(shell, b"echo ublkwatch; ublkwatch exp\t")
-    hear(shell, "explain ")
-    os.write(shell, b"ublkb12\t--con\t")
-    hear(shell, "ublkb12 --config ")
+@pytest.mark.parametrize("shell", SHELLS)
+def test_somebody_at_a_terminal_presses_tab(shell: str, sys_home: Path) -> None:
+    with at_a_terminal(shell, sys_home) as terminal:
+        os.write(terminal, b"echo ublkwatch; ublkwatch exp\t")
+        hear(terminal, "explain ")
+        os.write(terminal, b"ublkb12\t--con\t")
+        hear(terminal, "--config ")
+
+
+# Writes down what would be offered, and has it offered; calls that only ask for matches pass.
+TOLD = """\
+compadd() {
+    if [[ ${@[1,(i)(-|--)]} != *-(O|A|D)\\ * ]]; then
+        local -a offered; builtin compadd -O offered "$@"; print -rl -- $offered >>offered
+    fi
+    builtin compadd "$@"
+}
+"""
+
+
+@COMPLETIONS
+def test_zsh_completes(sys_home: Path, words: str, wanted: set[str]) -> None:
+    (sys_home / "told").write_text(TOLD)
+    with at_a_terminal("zsh", sys_home) as terminal:
+        os.write(terminal, b"source ./told; PS1='se''t> '\n")
+        hear(terminal, "set> ")
+        os.write(terminal, f"ublkwatch {words}\t\x15: >>offered; echo do''ne\n".encode())
+        hear(terminal, "done")
+    assert set(filter(None, (sys_home / "offered").read_text().split("\n"))) == wanted

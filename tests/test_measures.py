@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from programs import prometheus as program
 from prometheus_client.parser import text_string_to_metric_families
 from test_metrics import BACKING_OFF, LOST, PROBATION, RECOVERED, STALLED, WATCHED, Scraped
 
@@ -94,6 +95,6 @@ def test_a_name_says_its_unit_and_its_type_as_prometheus_wants_it() -> None:
 
 
 def test_promtool_has_nothing_to_say(text: str) -> None:
-    command = ["promtool", "check", "metrics"]
+    command = [str(program("promtool")), "check", "metrics"]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -133,6 +133,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "details-recovering": lambda: details(ATTACHING),
     "details-exhausted": lambda: details(EXHAUSTED),
     "details-held": lambda: details(HELD_FOR),
+    "details-stalled": lambda: details(STALLED, stall_timeout_s=45.0),
     "details-down": lambda: details(EXHAUSTED, reader=DOWN),
     "details-unread": lambda: details(UNREAD),
 }

@@ -121,6 +121,9 @@ def test_who_is_not_root_may_look_and_where_that_is_forbidden_it_is_said(
             assert place.run("status", "0") == Exit.OK
             assert out(capsys).startswith("ublkb0: well; watching, LIVE, for ")
             assert place.run("events") == Exit.OK
+        with somebody_else():
+            assert place.run("status") == Exit.NOT_RUNNING, "though the lock is not for them"
+            assert "ublkwatch is NOT RUNNING since " in out(capsys)
         (home / "run/status.json").chmod(0o600)
         with somebody_else():
             assert place.run("status") == Exit.NO_PERMISSION

@@ -109,7 +109,7 @@ def test_times_in_the_document_are_wall_times() -> None:
 def test_what_comes_next_is_foretold_with_its_time() -> None:
     backing_off = device(BACKING_OFF)
     assert (backing_off["next_action"], backing_off["next_by"]) == ("attempt", None)
-    says = f"the next attempt {{@{WALL + 0.5:.3f}}}; 3 of 5 failures are used up"
+    says = f"the next attempt {{@{WALL + 0.5:.3f}}}; failed so far: 3 of 5"
     assert (backing_off["outlook"], backing_off["remedy"]) == ([says], None)
     draining = device(replace(BACKING_OFF, phase=Phase.DRAINING))
     assert (draining["next_action"], draining["next_at"]) == ("START", None)
@@ -198,10 +198,14 @@ def test_a_watched_device_is_told_in_full() -> None:
     }
 
 
-def test_failures_outside_the_window_do_not_cost_an_attempt() -> None:
-    assert device(BACKING_OFF)["attempts_left"] == 3
+def test_in_an_outage_each_failure_costs_an_attempt_and_afterwards_recent_ones_do() -> None:
+    """The machine counts so: however long a device waits that was given up, nothing is left."""
+    assert device(BACKING_OFF)["attempts_left"] == 5 - len(BACKING_OFF.failures) == 2
     few = document(BACKING_OFF, policy=Policy(attempts_max=1))["devices"][0]
     assert few["attempts_left"] == 0
+    back = replace(BACKING_OFF, phase=Phase.WATCHING, wake=None)
+    assert device(back)["attempts_left"] == 3, "one was long ago"
+    assert device(replace(back, since=NOW - 60))["attempts_left"] == 5, "it is well for long"
 
 
 def test_what_was_not_read_yet_is_null_and_never_guessed() -> None:

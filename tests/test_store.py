@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +113,22 @@ def test_who_only_looks_needs_no_lock_and_changes_nothing(store: Store, tmp_path
     assert bad.read_text() == '{"version": 2}'
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="for root, who can give files to any group")
+def test_a_group_may_read_the_records_that_are_and_those_to_come(
+    store: Store, tmp_path: Path
+) -> None:
+    records, group = tmp_path / "run/records", os.getegid() + 1
+    store.save_record(RECORD)
+    store.show_records_to(group)
+    store.save_record(replace(RECORD, dev_id=4))
+    seen = {path.name: path.stat() for path in (records, *records.iterdir())}
+    assert {each.st_gid for each in seen.values()} == {group}
+    modes = {name: stat.S_IMODE(each.st_mode) for name, each in seen.items()}
+    assert modes == {"records": 0o2750, "3.json": 0o640, "4.json": 0o640}
+    store.show_records_to(None)
+    assert (records.stat().st_gid, stat.S_IMODE(records.stat().st_mode)) == (os.getegid(), 0o700)
+
+
 def test_the_sample_record_has_no_field_at_its_default() -> None:
     """Else a field that is not saved would come back right by chance."""
     plain = Record(dev_id=0, instance="")
@@ -213,7 +230,8 @@ def test_everybody_may_read_the_status_and_nobody_the_records(store: Store, tmp_
     finally:
         os.umask(umask)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*.json")}
-    assert modes == {"3.json": 0o600, "status.json": 0o644}
+    assert modes == {"3.json": 0o640, "status.json": 0o644}
+    assert (tmp_path / "run/records").stat().st_mode & 0o077 == 0
 
 
 def test_a_second_one_is_refused_by_the_lock_until_the_first_is_closed(tmp_path: Path) -> None:

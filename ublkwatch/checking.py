@@ -86,13 +86,20 @@ def _care(care: Care) -> Iterator[Finding]:
 
 
 def _registered(settings: Config) -> Iterator[Finding]:
+    broken: list[Finding] = []
+
+    def damaged(path: Path, error: Exception) -> None:
+        what, fix = f"cannot be understood ({error!r})", f"rm {path}; then register it anew"
+        broken.append(Finding(Level.BAD, str(path), what, fix))
+
     try:
-        registered = read_registrations(settings.state_dir)
+        registered = read_registrations(settings.state_dir, damaged)
     except PermissionError as error:
         yield Finding(
             Level.UNSEEN, "registrations", f"{error.filename}: not for us", "run this as root"
         )
         return
+    yield from broken
     named = {rule.match.dev_id: rule.care.source for rule in settings.rules}
     for name, table in sorted(registered.items()):
         about = f"registration {name}"

@@ -184,7 +184,8 @@ class _Line:
             self._send({"id": self._keys[key], "command": "cancel"})
 
     def late(self, key: str) -> None:
-        self.overdue.add(self._keys[key])
+        if (number := self._keys.get(key)) is not None:
+            self.overdue.add(number)
 
     def retire(self) -> None:
         self._retired = True

@@ -175,6 +175,7 @@ class Daemon:
             self._monitor, self._library, self._load, stopper, self._remember, self._metrics
         )
         group = _group(settings.admin_group)
+        self._store.show_records_to(group)
         door = admin.Admin(settings.runtime_dir, self._desk.take, group=group)
         try:
             await _prepare(workers)

@@ -227,8 +227,8 @@ def _ahead(record: Record, policy: Policy, times: Times) -> str:
         case Phase.STOPPING:
             return f"when all has ended, {_after(record, policy)}"
         case Phase.BACKOFF:
-            budget = f"{len(record.failures)} of {policy.attempts_max} failures are used up"
-            return f"the next attempt {wake}; {budget}"
+            failed = f"failed so far: {len(record.failures)} of {policy.attempts_max}"
+            return f"the next attempt {wake}; {failed}"
         case Phase.DECIDING:
             says = f"{verdict.SAYS_RETRY}: try again, {verdict.SAYS_FAIL}: STOP_DEV, else: wait"
             return f"what its exit status says ({says}); without an answer it stays failed, {wake}"

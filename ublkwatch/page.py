@@ -101,6 +101,11 @@ def is_healthy(device: Device) -> bool:
     return fares(device) >= BARE
 
 
+def faring(fare: int, *, fresh: bool) -> str:
+    """Return the words for how a device fares; what nobody keeps fresh, nobody recovers."""
+    return FARES[fare][0] if fresh or fare != BUSY else "not recovered"
+
+
 def worst_first(devices: list[Device]) -> list[Device]:
     """Return the devices as a page shows them."""
     return sorted(devices, key=lambda device: (fares(device), device["dev_id"]))
@@ -112,7 +117,7 @@ def worst_first(devices: list[Device]) -> list[Device]:
 def overview(document: Document, reader: Reader, *, unhealthy_only: bool = False) -> str:
     """Return one line for each device, what ails it and what to do below; a summary comes first."""
     devices, fresh = worst_first(document["devices"]), reader.fresh(document)
-    text = summary(devices, reader)
+    text = summary(devices, reader, fresh=fresh)
     if unhealthy_only:
         devices = [device for device in devices if not is_healthy(device)]
         if fresh and not devices:
@@ -123,14 +128,14 @@ def overview(document: Document, reader: Reader, *, unhealthy_only: bool = False
     return "\n".join(lines)
 
 
-def summary(devices: list[Device], reader: Reader) -> str:
+def summary(devices: list[Device], reader: Reader, *, fresh: bool = True) -> str:
     """Return how many devices fare how, in a line."""
     if not devices:
         return "no ublk devices"
     count = [fares(device) for device in devices]
     told = (
-        reader.paint(f"{count.count(it)} {words}", code)
-        for it, (words, code) in FARES.items()
+        reader.paint(f"{count.count(it)} {faring(it, fresh=fresh)}", code)
+        for it, (_, code) in FARES.items()
         if it in count
     )
     return f"{len(devices)} device{'s' * (len(devices) != 1)}: {', '.join(told)}"

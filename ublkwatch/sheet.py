@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ublkwatch.page import FARES, Device, Document, Reader, clean, fares, server_of, supervisor
+from ublkwatch.page import (
+    FARES,
+    Device,
+    Document,
+    Reader,
+    clean,
+    fares,
+    faring,
+    server_of,
+    supervisor,
+)
 from ublkwatch.spans import milliseconds, span
 
 _UP = ("watching", "observed")
@@ -13,14 +23,13 @@ _UP = ("watching", "observed")
 
 def details(device: Device, document: Document, reader: Reader) -> str:
     """Return everything that the document says of a device."""
-    words, code = FARES[fares(device)]
+    fresh, fare = reader.fresh(document), fares(device)
+    words = reader.paint(faring(fare, fresh=fresh), FARES[fare][1])
     state = device["state"] or "state unknown"
     spent = span(reader.wall - device["since"])
-    head = (
-        f"{device['device']}: {reader.paint(words, code)}; {device['phase']}, {state}, for {spent}"
-    )
+    head = f"{device['device']}: {words}; {device['phase']}, {state}, for {spent}"
     lines = [head, *supervisor(document, reader)]
-    for label, text in _facts(device, reader, fresh=reader.fresh(document)):
+    for label, text in _facts(device, reader, fresh=fresh):
         lines += reader.wrapped(clean(text), f"  {label:<8}")
     return "\n".join([*lines, *_timeline(device, reader)])
 
@@ -28,6 +37,8 @@ def details(device: Device, document: Document, reader: Reader) -> str:
 def _facts(device: Device, reader: Reader, *, fresh: bool) -> Iterator[tuple[str, str]]:
     if device["explanation"]:
         yield "Why", device["explanation"]
+    if since := device.get("ailing_since"):
+        yield "Hangs", f"for {span(reader.wall - since)}, since {reader.clock(since)}"
     if fresh:
         outlook, remedy = device.get("outlook") or (), device.get("remedy")
         yield from (("Next", reader.counted(sentence)) for sentence in outlook)
@@ -63,6 +74,9 @@ def _so_far(device: Device) -> str:
     text = f"{times} {'recovery' if times == 1 else 'recoveries'}"
     if times and held is not None:
         text += f", at the last one I/O was held for {milliseconds(held)}"
+    if device["phase"] == "failed":
+        tried = device["attempts"]
+        return f"{text}; given up after {tried} attempt{'s' * (tried != 1)}"
     left = device["attempts_left"]
     return f"{text}; {left} failed attempt{'s' * (left != 1)} left until it is given up"
 

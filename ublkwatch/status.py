@@ -85,9 +85,16 @@ def document(  # noqa: PLR0913 - each by its name
 
 def attempts_left(record: Record, policy: Policy, now: float) -> int:
     """Return how many more attempts may fail until the device is given up."""
-    stable = record.phase is Phase.WATCHING and now - record.since >= policy.stable_s
-    recent = [at for at in record.failures if now - at <= policy.window_s and not stable]
-    return max(0, policy.attempts_max - len(recent))
+    return max(0, policy.attempts_max - len(_counted(record, policy, now)))
+
+
+def _counted(record: Record, policy: Policy, now: float) -> tuple[float, ...]:
+    """Return the failures that count: all in an outage, else what the next one would begin with."""
+    if record.phase is not Phase.WATCHING:
+        return record.failures
+    if now - record.since >= policy.stable_s:
+        return ()
+    return tuple(at for at in record.failures if now - at <= policy.window_s)
 
 
 def _device(record: Record, policy: Policy, times: Times) -> dict[str, Any]:

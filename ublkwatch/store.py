@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,17 @@ class Store:
         """Let the next one in."""
         os.close(self._lock)
 
+    def show_records_to(self, group: int | None) -> None:
+        """Let a group read the records, beside root; None: root alone. OSError."""
+        for path in (self._records, *self._records.glob("*.json")):
+            os.chown(path, -1, os.getegid() if group is None else group)
+        # Whatever is written there from now on is the group's, too.
+        self._records.chmod(0o700 if group is None else 0o2750)
+
     def save_record(self, record: Record) -> None:
         """Commit what the machine knows; OSError when it could not be written."""
         content = {"version": _VERSION} | _encode(record)
-        replace_file(self._records / f"{record.dev_id}.json", json.dumps(content))
+        replace_file(self._records / f"{record.dev_id}.json", json.dumps(content), mode=0o640)
 
     def drop_record(self, dev_id: int) -> None:
         """Forget a device that is gone."""
@@ -200,8 +207,13 @@ def read_record(runtime_dir: Path, dev_id: int) -> Record | None:
     return record
 
 
-def read_registrations(state_dir: Path) -> dict[str, dict[str, Any]]:
-    """Return what operators have registered; for who only wants to look. PermissionError."""
+def read_registrations(
+    state_dir: Path, broken: Callable[[Path, Exception], None] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return what operators have registered; for who only wants to look. PermissionError.
+
+    ``broken`` is told of each file that cannot be understood; where it is None, the log is.
+    """
     found: dict[str, dict[str, Any]] = {}
     home = state_dir / "registered"
     try:
@@ -216,7 +228,10 @@ def read_registrations(state_dir: Path) -> dict[str, dict[str, Any]]:
         except PermissionError:
             raise
         except _GARBAGE as error:
-            _log.error("%s cannot be understood (%r)", path, error)
+            if broken is None:
+                _log.error("%s cannot be understood (%r)", path, error)
+            else:
+                broken(path, error)
     return found
 
 

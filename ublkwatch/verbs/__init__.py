@@ -77,13 +77,13 @@ def document_of(settings: Config) -> dict[str, Any]:
 
 
 def locked(path: Path) -> bool:
-    """Tell whether a daemon holds the lock; one that we may not open is held by somebody else."""
+    """Tell whether a daemon holds the lock."""
     try:
         lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     except OSError:
-        return True
+        return _listed(path)
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -91,6 +91,25 @@ def locked(path: Path) -> bool:
     finally:
         os.close(lock)
     return False
+
+
+def _listed(path: Path) -> bool:
+    """Ask the kernel's list of locks, for who may not open the file; where it is silent, say yes.
+
+    The file is root's alone: who could open it could take the lock, and keep the daemon out.
+    """
+    try:
+        found = path.stat()
+        device = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}"
+        locks = Path("/proc/locks").read_text()  # proc_locks(5)
+    except OSError:
+        return True
+    return f" {device}:{found.st_ino} " in locks
+
+
+def operators(settings: Config) -> str:
+    """Name who may give orders, and look at what is not for everybody."""
+    return f"root, and group {settings.admin_group}," if settings.admin_group else "root"
 
 
 def may_administer() -> bool:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from ublkwatch import config, wire
 from ublkwatch.client import PATIENCE_S, Client
 from ublkwatch.config import Config
-from ublkwatch.verbs import Exit, say
+from ublkwatch.verbs import Exit, operators, say
 from ublkwatch.wire import Answer, Change, Deed, Request
 
 Wish = Request | Deed | Change
@@ -58,9 +58,8 @@ def hand_over(  # noqa: PLR0913 - each by its name
             return offline(settings)
         return say(Exit.NOT_RUNNING, f"{what}: ublkwatch is not running; start it, then ask again")
     except PermissionError:
-        group = settings.admin_group
-        whom = f"root, and group {group}," if group else "root"
-        return say(Exit.NO_PERMISSION, f"{what}: only {whom} may give orders; try sudo")
+        only = f"only {operators(settings)} may give orders"
+        return say(Exit.NO_PERMISSION, f"{what}: {only}; try sudo")
     except TimeoutError:
         return say(Exit.FAILED, f"{what}: no answer from ublkwatch; its log may say why")
     except OSError as error:

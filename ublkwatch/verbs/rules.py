@@ -81,6 +81,9 @@ def _keep(change: Change, settings: Config) -> int:
     try:
         answer = registering.offline(settings, change)
     except StoreError as error:
+        if isinstance(error.__cause__, PermissionError):
+            only = "ublkwatch is not running, and only root may say what it is to know"
+            return say(Exit.NO_PERMISSION, f"{change}: {only}; try sudo")
         return say(Exit.STATE, f"{change}: {error}")
     except (ConfigError, OSError) as error:
         return asking.refuse(str(change), str(error), _UNCHANGED)
@@ -100,6 +103,7 @@ def _registered(arguments: argparse.Namespace) -> int:
     try:
         registered = read_registrations(settings.state_dir)
     except PermissionError as error:
-        return say(Exit.NO_PERMISSION, f"registered: {error.filename}: try sudo")
+        only = f"{error.filename}: only root may look"
+        return say(Exit.NO_PERMISSION, f"registered: {only}; try sudo")
     print(registering.listing(registered, as_json=arguments.json))
     return Exit.OK

@@ -33,7 +33,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
     settings = config.load(arguments.config)
     if not may_administer():
-        return say(Exit.NO_PERMISSION, "no CAP_SYS_ADMIN, which ublk's commands need; run as root")
+        return say(
+            Exit.NO_PERMISSION, "run: no CAP_SYS_ADMIN, which ublk's commands need; try sudo"
+        )
     try:
         check_own(settings, arguments.config or config.DEFAULT_PATH)
         store = Store(settings.runtime_dir, settings.state_dir)

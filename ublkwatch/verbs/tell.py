@@ -11,7 +11,7 @@ from typing import Any
 
 from ublkwatch import config, explain, foretell, status
 from ublkwatch.model import Generation, Phase, Policy, Reason, Record
-from ublkwatch.verbs import Exit, clock, document_of, locked, say
+from ublkwatch.verbs import Exit, clock, document_of, locked, operators, say
 
 
 def add(verbs: Any, shared: argparse.ArgumentParser, device: argparse.ArgumentParser) -> None:
@@ -27,8 +27,10 @@ def _explain(arguments: argparse.Namespace) -> int:
     running = locked(settings.runtime_dir / "lock")
     try:
         record = read_record(settings.runtime_dir, dev_id)
-    except PermissionError as error:
-        return say(Exit.NO_PERMISSION, f"explain ublkb{dev_id}: {error.filename}: try sudo")
+    except PermissionError:
+        only = f"only {operators(settings)} may read its record"
+        instead = f"try sudo, or `ublkwatch status {dev_id}`"
+        return say(Exit.NO_PERMISSION, f"explain ublkb{dev_id}: {only}; {instead}")
     except StoreError as error:
         return say(Exit.FAILED, f"explain ublkb{dev_id}: {error}")
     document: dict[str, Any] = {}
