@@ -38,12 +38,17 @@ try {
   const proxied = { target: `http://127.0.0.1:${PORT}`, rewrite: (path) => path.replace("/prometheus", "") };
   const server = await preview({ preview: { port: 0, proxy: { "/prometheus": proxied } } });
   const browser = await chromium.launch({ executablePath: "/usr/bin/chromium", args: ["--no-sandbox"] });
-  const page = await browser.newPage({ viewport: { width: 1400, height: 2400 } });
+  const page = await browser.newPage({ viewport: { width: 1400, height: 2750 } });
   await page.goto(`${server.resolvedUrls.local[0]}?from=${to - 60_000}&to=${to}`);
   await page.waitForSelector("canvas", { timeout: 120_000 });
-  await page.waitForLoadState("networkidle");
-  await sleep(3000); // charts are animated
-  await page.screenshot({ path: picture, fullPage: true });
+  // Charts come one by one, and are animated; what two looks show alike is done.
+  let before, now = await page.screenshot();
+  do {
+    before = now;
+    await sleep(10_000);
+    now = await page.screenshot();
+  } while (!now.equals(before));
+  writeFileSync(picture, now);
   await browser.close();
   await server.close();
 } finally {
