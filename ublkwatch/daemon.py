@@ -22,6 +22,7 @@ from ublkwatch import (
     discover,
     fork,
     log,
+    page,
     server,
     status,
     threads,
@@ -46,6 +47,7 @@ from ublkwatch.metrics import Metrics, Sources
 from ublkwatch.model import UNKNOWN, DevInfo, Generation, Policy, Record, ServerId
 from ublkwatch.monitor import Monitor
 from ublkwatch.news import News
+from ublkwatch.notify import Manager
 from ublkwatch.perform import Edges, Threads
 from ublkwatch.probes import Probes
 from ublkwatch.rules import Unmanaged
@@ -74,12 +76,14 @@ class Daemon:
         store: Store,
         load: Callable[[], Config],
         wrap: Callable[[Edges], Edges] = lambda edges: edges,
+        manager: Manager | None = None,
     ) -> None:
-        """``load`` reads the configuration anew.
+        """``load`` reads the configuration anew; ``manager`` has started us, and wants to know.
 
         ``wrap`` may put something between the monitor and its edges, as tests do.
         """
         self._wrap = wrap
+        self._manager = manager or Manager({})
         self._load = load
         self._settings = settings
         self._store = store
@@ -200,11 +204,14 @@ class Daemon:
             self._follow_uevents_for_ever(),
         ]
         tasks = [asyncio.create_task(work) for work in works]
+        attention = self._manager.attend(self._health.seen_all, self._health.progresses)
+        told = asyncio.create_task(attention)
         stopping = asyncio.create_task(stop.wait())
         done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
-        for task in [*tasks, stopping]:
+        self._manager.stopping()
+        for task in [*tasks, told, stopping]:
             task.cancel()
-        await asyncio.gather(*tasks, stopping, return_exceptions=True)
+        await asyncio.gather(*tasks, told, stopping, return_exceptions=True)
         for task in done - {stopping}:
             task.result()  # none of them ends but by a bug: let it be seen
         self._news.tell("stopped", "ublkwatch was told to stop; the servers live on")
@@ -217,7 +224,9 @@ class Daemon:
 
     def reload(self) -> None:
         """Read the configuration anew, as SIGHUP asks for."""
+        self._manager.reloading()
         task = asyncio.get_running_loop().create_task(self._desk.reload())
+        task.add_done_callback(lambda _: self._manager.ready())
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
 
@@ -288,6 +297,8 @@ class Daemon:
                 name=self._server_name,
                 started_at=_started_at,
             )
+            reader = page.Reader(wall=document["written_at"], running=True)
+            self._manager.says(page.summary(document["devices"], reader))
             try:
                 await asyncio.to_thread(self._store.write_status, json.dumps(document))
             except OSError as error:

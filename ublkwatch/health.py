@@ -23,6 +23,7 @@ class Health:
         """Begin well; ``polls`` returns how many looks at all devices are over."""
         self._polls, self._clock = polls, clock
         self._stale_s = _STALE_S + 3 * poll_interval_s
+        self.seen_all = asyncio.Event()  # set: ready()
         self._seen = 0  # polls
         self._polled_at = self._wrote_at = clock()
         self._trouble = ""  # with the runtime directory
@@ -44,6 +45,7 @@ class Health:
         self._forget(now)
         if self._seen != (polls := self._polls()):
             self._seen, self._polled_at = polls, now
+            self.seen_all.set()
 
     def lag_s(self) -> float:
         """Return by how much the loop was late, at most, in the last minute."""
@@ -64,10 +66,14 @@ class Health:
         """Tell whether all devices were looked at once."""
         return self._polls() > 0
 
+    def progresses(self) -> bool:
+        """Tell whether the poll goes on, so that nobody has to end us."""
+        return self._clock() - self._polled_at <= self._stale_s
+
     def complaint(self) -> str:
         """Say in one line what is wrong; "" when nothing is."""
         now = self._clock()
-        if now - self._polled_at > self._stale_s:
+        if not self.progresses():
             return f"no look at all devices was over for {now - self._polled_at:.0f} s"
         if self._trouble:
             return f"the runtime directory cannot be written: {self._trouble}"

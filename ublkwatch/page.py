@@ -117,18 +117,19 @@ def worst_first(devices: list[Device]) -> list[Device]:
 def overview(document: Document, reader: Reader, *, unhealthy_only: bool = False) -> str:
     """Return one line for each device, what ails it and what to do below; a summary comes first."""
     devices, fresh = worst_first(document["devices"]), reader.fresh(document)
-    summary = _summary(devices, reader, fresh=fresh)
+    text = summary(devices, reader, fresh=fresh)
     if unhealthy_only:
         devices = [device for device in devices if not is_healthy(device)]
         if fresh and not devices:
-            summary = f"all is well: {summary}"
-    lines = [summary, *supervisor(document, reader)]
+            text = f"all is well: {text}"
+    lines = [text, *supervisor(document, reader)]
     if devices:
         lines += ["", *_rows(devices, reader, fresh=fresh)]
     return "\n".join(lines)
 
 
-def _summary(devices: list[Device], reader: Reader, *, fresh: bool) -> str:
+def summary(devices: list[Device], reader: Reader, *, fresh: bool = True) -> str:
+    """Return how many devices fare how, in a line."""
     if not devices:
         return "no ublk devices"
     count = [fares(device) for device in devices]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -56,11 +57,13 @@ async def _daemon(settings: Config, store: Store, arguments: argparse.Namespace)
     import asyncio  # noqa: PLC0415 - see _run()
 
     from ublkwatch.daemon import Daemon  # noqa: PLC0415 - see _run()
+    from ublkwatch.notify import Manager  # noqa: PLC0415 - see _run()
 
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     # A file that was there, and is gone when it is read anew, does not mean: all is default.
     path = arguments.config or (config.DEFAULT_PATH if config.DEFAULT_PATH.exists() else None)
-    daemon = Daemon(settings, store, partial(config.load, path))
+    load = partial(config.load, path)
+    daemon = Daemon(settings, store, load, manager=Manager(os.environ))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, daemon.reload)
