@@ -143,6 +143,23 @@ def test_a_gap_in_the_kernels_uevents_leads_to_a_look() -> None:
     asyncio.run(main())
 
 
+def test_more_events_than_the_socket_holds_lead_to_a_look() -> None:
+    async def main() -> None:
+        looks: list[None] = []
+        following = asyncio.create_task(discover.follow_uevents(lambda: looks.append(None)))
+        await until(lambda: looks, "the first look")
+        for _ in range(3000):  # a socket holds some hundreds, and nobody reads meanwhile
+            cause_uevent()
+        await until(lambda: len(looks) > 1, "a look for the events that were lost")
+        make_interface("ublk-test")
+        heard = len(looks)
+        await until(lambda: len(looks) > heard, "a look for one that came behind them")
+        assert not following.done()
+        following.cancel()
+
+    asyncio.run(main())
+
+
 def test_an_event_of_something_called_ublk_leads_to_a_look() -> None:
     """A network interface lends its name: it takes no driver of ours, and goes when closed."""
 
