@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from conftest import Fio, Load, Servers
 
 TOP = Path(__file__).parents[3]
-UNIT = TOP / "deploy/systemd/ublkwatch.service"
-NAME = UNIT.name
-UNITS = Path("/run/systemd/system")
+NAME = "ublkwatch.service"
 CONFIG = Path("/etc/ublkwatch/ublkwatch.toml")
 STATUS = Path("/run/ublkwatch/status.json")
 DEADLINE_S = 300.0  # as long as emulated starts beside other guests may take
@@ -84,24 +82,26 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
 
 @pytest.fixture
 def service(server: Servers) -> Iterator[None]:
-    """Install what ships; only what the tests' place and patience need is another one."""
+    """Install it as users do; only what the tests' place and patience need is another one."""
     del server  # its devices go behind the service
-    text = UNIT.read_text()
-    program = f"{sys.executable} -m ublkwatch"
-    assert text.count("ExecStart=/usr/bin/ublkwatch ") == 1
-    (UNITS / NAME).write_text(text.replace("/usr/bin/ublkwatch", program))
-    drop_in = UNITS / f"{NAME}.d/test.conf"
+    drop_in = Path(f"/run/systemd/system/{NAME}.d/test.conf")
     drop_in.parent.mkdir(exist_ok=True)
     private = "PrivateTmp=no\n" if any(map(TOP.is_relative_to, ("/tmp", "/var/tmp"))) else ""
-    drop_in.write_text(
-        f"[Service]\nWorkingDirectory={TOP}\nWatchdogSec=40\nTimeoutStartSec=600\n{private}"
-    )
-    systemctl("daemon-reload")
+    drop_in.write_text(f"[Service]\nWatchdogSec=40\nTimeoutStartSec=600\n{private}")
+    ublkwatch("install-systemd")
     yield
-    systemctl("stop", NAME)
+    ublkwatch("install-systemd", "--remove")
     drop_in.unlink()
-    (UNITS / NAME).unlink()
     systemctl("daemon-reload")
+
+
+def ublkwatch(*words: str) -> None:
+    """Run the installed program; it must succeed."""
+    command = [str(Path(sys.executable).with_name("ublkwatch")), *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=DEADLINE_S, check=False, cwd="/"
+    )
+    assert done.returncode == 0, f"{words}: {done.stderr}\n{journal()}"
 
 
 def goes_on(load: Fio) -> None:
