@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 # The kernels' lab, or this very machine where it has the driver.
 LAB := $(PYTHON) lab/lab.py run $(if $(wildcard /dev/ublk-control),--host,--kernel lts --cpus 2)
 
-.PHONY: help demo test test-full lint bench bench-smoke docs dashboard-types setup clean
+.PHONY: help demo test test-full lint bench bench-smoke docs dashboard-types docs-pictures setup clean
 
 help:
 	@echo 'make demo   watch fio run through ten killed servers, on a real kernel'
@@ -12,6 +12,7 @@ help:
 	@echo 'make lint   format, lint and types only'
 	@echo 'make docs   manual pages, completions, docs/metrics.md, PrometheusRule, dashboard: all that is made'
 	@echo 'make dashboard-types  the dashboard against the types of the newest Grafana; needs npm'
+	@echo 'make docs-pictures  docs/dashboard.png, drawn anew; needs npm and chromium'
 	@echo 'make bench  how fast ublkwatch recovers, beside an oracle; what it and a scrape cost'
 
 demo: setup
@@ -42,6 +43,16 @@ dashboard-types:
 	@mkdir -p build && cp -r tests/types build
 	@cd build/types && npm install --silent --no-audit --no-fund --no-package-lock
 	@cd build/types && node check.js ../../deploy/grafana/ublkwatch.json
+
+# Needs Debian's chromium as well: the dashboard, drawn by Perses, from a minute of crashes in the lab.
+RECORDED := build/pictures/data
+docs-pictures: setup
+	@mkdir -p build && rm -rf $(RECORDED) && cp -r docs/pictures build
+	@$(PYTHON) lab/lab.py run --rw build/pictures -- sh -c '$(PYTHON) -m pytest -q -m long \
+	    --basetemp=/tmp/kept tests/kernel/test_prometheus.py && cp -r /tmp/kept/test_a_minute*0/data $(RECORDED)'
+	@cd build/pictures && npm install --silent --no-audit --no-fund --no-package-lock
+	@cd build/pictures && node draw.js ../../deploy/grafana/ublkwatch.json \
+	    "$$(../../$(PYTHON) ../../lab/lab.py prometheus)/prometheus" data ../../docs/dashboard.png
 
 # Everything that the above need: Python with its packages, kernels, QEMU, fio, a C compiler.
 setup: .venv/.ready

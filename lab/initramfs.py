@@ -97,7 +97,11 @@ ulimit -H -n 1048576
 $box mkfifo out err
 $box cat out >"${port}1" & spared="1 $$ $!"
 $box cat err >"${port}2" & spared="$spared $!"
-exec 3>"${port}3"
+exec 3<>"${port}3"
+echo "tick $($box cut -d ' ' -f 1 /proc/uptime)" >&3
+$box usleep 500000
+echo "tock $($box cut -d ' ' -f 1 /proc/uptime)" >&3
+read -r go <&3
 echo started >&3
 $box setsid $box sh command </dev/null >out 2>err 3>&- &
 wait $!

@@ -107,8 +107,11 @@ def boot(plan: Plan, timeout: float, console: int | None) -> int:
         outcome = Guest(BOOT_SECONDS, timeout, console).run(plan)
         if outcome.stage is not Stage.BOOTING:
             return verdict(outcome, timeout)
-        show_console(outcome.console)
-        how = f"did not start within {BOOT_SECONDS:.0f} s" if outcome.late else "died at boot"
+        if outcome.hasty:
+            how = "has a clock that runs too fast"
+        else:
+            show_console(outcome.console)
+            how = f"did not start within {BOOT_SECONDS:.0f} s" if outcome.late else "died at boot"
         say(f"the guest {how} (boot {attempt} of {BOOT_ATTEMPTS})")
     return EXIT_LAB
 

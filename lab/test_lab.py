@@ -7,10 +7,12 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from machine import Guest, Stage
 
 LAB = Path(__file__).with_name("lab.py")
 PATIENCE = 120.0
@@ -234,3 +236,17 @@ def test_a_host_without_the_driver_says_so() -> None:
     done = lab("run", "--host", "--", "/bin/true")
     assert done.returncode == 125
     assert b"modprobe ublk_drv" in done.stderr
+
+
+@pytest.mark.parametrize(("aged_s", "hasty"), [(0.5, False), (20.0, True)])
+def test_a_guest_whose_clock_runs_too_fast_is_not_let_go(aged_s: float, *, hasty: bool) -> None:
+    """A kernel that was disturbed while it calibrated its clock: its half second is soon over."""
+    said: list[bytes] = []
+    guest = Guest(90.0, 90.0, None)
+    guest.answer = said.append
+    guest.obey("tick 8.25")
+    time.sleep(0.5)
+    guest.obey(f"tock {8.25 + aged_s}")
+    assert (guest.finished, guest.outcome.hasty) == (hasty, hasty)
+    assert said == ([] if hasty else [b"go\n"])
+    assert guest.outcome.stage is Stage.BOOTING

@@ -46,8 +46,9 @@ class Downtime:
         elif is_down(record):
             self._since.setdefault(dev_id, now)
         elif (since := self._since.pop(dev_id, None)) is not None:
-            self._before_s[dev_id] = self._before_s.get(dev_id, 0.0) + now - since
+            self._before_s[dev_id] = self._before_s.get(dev_id, 0.0) + (now - since)
 
     def seconds(self, dev_id: int, now: float) -> float:
         """Return how long a device was down until now; it never becomes less."""
-        return self._before_s.get(dev_id, 0.0) + now - self._since.get(dev_id, now)
+        # Not by one rounding error less either: Prometheus would take that for a start at 0.
+        return self._before_s.get(dev_id, 0.0) + (now - self._since.get(dev_id, now))

@@ -113,8 +113,9 @@ class Prometheus:
                 pytest.fail(f"no data: {expr}\n{self._log.read_text()[-4000:]}")
             time.sleep(0.5)
 
-    def kill(self) -> None:
-        self._proc.kill()
+    def end(self) -> None:
+        """SIGTERM, so that all it has is on the disk."""
+        self._proc.terminate()
         self._proc.wait(DEADLINE_S)
 
 
@@ -123,7 +124,14 @@ def processes() -> Iterator[list[Prometheus]]:
     started: list[Prometheus] = []
     yield started
     for each in started:
-        each.kill()
+        each.end()
+
+
+def started(supervisor: Supervisor, home: Path, processes: list[Prometheus]) -> Prometheus:
+    """Return a Prometheus that scrapes this supervisor, and is ended with the test."""
+    port = supervisor.said().split("metrics on port ")[-1].split()[0]
+    processes.append(Prometheus(home, f"127.0.0.1:{port}"))
+    return processes[-1]
 
 
 def substituted(expr: str) -> str:
@@ -140,9 +148,7 @@ def test_prometheus_counts_each_crash_and_every_rule_and_panel_has_data(
     server()
     supervisor = watch({0: "null"})
     supervisor.watching()
-    port = supervisor.said().split("metrics on port ")[-1].split()[0]
-    prometheus = Prometheus(tmp_path, f"127.0.0.1:{port}")
-    processes.append(prometheus)
+    prometheus = started(supervisor, tmp_path, processes)
     prometheus.until(f"{RECOVERIES} == 0")
     for _ in range(CRASHES):
         supervisor.recovered(supervisor.kill_server())
@@ -160,6 +166,9 @@ def test_prometheus_counts_each_crash_and_every_rule_and_panel_has_data(
     (unavailable,) = prometheus.until("ublkwatch_device_unavailable_seconds_total")
     (held,) = prometheus.until("ublkwatch_recovery_duration_seconds_sum")
     assert 0 < float(held["value"][1]) <= float(unavailable["value"][1]) + 0.01 * CRASHES
+
+    (resets,) = prometheus.until("sum(resets(ublkwatch_device_unavailable_seconds_total[10m]))")
+    assert float(resets["value"][1]) == 0
 
     for rule in RULES:
         if "record" in rule:
@@ -179,3 +188,25 @@ def test_prometheus_counts_each_crash_and_every_rule_and_panel_has_data(
     assert {rule["health"] for rule in evaluated} == {"ok"}, evaluated
     firing = {rule["name"] for rule in evaluated if rule.get("state") == "firing"}
     assert firing <= {"UblkServerCrashLooping", "UblkRecoverySlow", "UblkBudgetBurnsFast"}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_minute_of_crashes_of_three_devices_is_counted(
+    server: Servers, watch: Watch, processes: list[Prometheus], tmp_path: Path
+) -> None:
+    """`make docs-pictures` draws what this one leaves."""
+    for dev_id in range(3):
+        server(dev_id)
+    supervisor = watch(dict.fromkeys(range(3), "null"))
+    for dev_id in range(3):
+        supervisor.watching(dev_id)
+    prometheus = started(supervisor, tmp_path, processes)
+    prometheus.until(f"count({RECOVERIES} == 0) == 3")
+    crashes = 0
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        supervisor.recovered(supervisor.kill_server((0, 1, 0, 2)[crashes % 4]))
+        crashes += 1
+        time.sleep(3)
+    prometheus.until(f"sum({RECOVERIES}) == {crashes}")

@@ -118,3 +118,12 @@ def may_administer() -> bool:
         if line.startswith("CapEff:"):
             return bool(int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
     return False
+
+
+def not_allowed(what: str) -> Exit:
+    """Say that the capability is missing, and how to come by it; return the exit code."""
+    if os.geteuid():
+        how = "try sudo"
+    else:  # in a container, or under a unit, that took it away
+        how = "give this container or unit that capability (`ublkwatch doctor` says what else)"
+    return say(Exit.NO_PERMISSION, f"{what}: no CAP_SYS_ADMIN, which ublk's commands need; {how}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ublkwatch import config
 from ublkwatch.config import Config
-from ublkwatch.verbs import Exit, may_administer, say
+from ublkwatch.verbs import Exit, may_administer, not_allowed, say
 
 if TYPE_CHECKING:  # imported late, see _run()
     from ublkwatch.store import Store
@@ -33,9 +33,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     settings = config.load(arguments.config)
     if not may_administer():
-        return say(
-            Exit.NO_PERMISSION, "run: no CAP_SYS_ADMIN, which ublk's commands need; try sudo"
-        )
+        return not_allowed("run")
     try:
         check_own(settings, arguments.config or config.DEFAULT_PATH)
         store = Store(settings.runtime_dir, settings.state_dir)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ublkwatch import client
 from ublkwatch.config import Config
-from ublkwatch.verbs import Exit, asking, may_administer, say
+from ublkwatch.verbs import Exit, asking, may_administer, not_allowed, say
 from ublkwatch.wire import Answer, Deed
 
 
@@ -44,7 +44,7 @@ def _directly(deed: Deed, what: str, yes: bool, _settings: Config) -> int:  # no
     from ublkwatch.driver import UnavailableError  # noqa: PLC0415
 
     if not may_administer():
-        return say(Exit.NO_PERMISSION, f"{what}: no CAP_SYS_ADMIN, which it needs; try sudo")
+        return not_allowed(what)
     try:
         answer = asyncio.run(_without_daemon(deed, what, yes=yes))
     except UnavailableError as error:

@@ -1,0 +1,150 @@
+"""ublkwatch.service as it ships, under the real systemd of the lab's guest, over the real driver.
+
+lab/lab.py run --init systemd -- .venv/bin/python -m pytest tests/kernel/systemd/test_service.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conftest import Fio, Load, Servers
+
+TOP = Path(__file__).parents[3]
+NAME = "ublkwatch.service"
+CONFIG = Path("/etc/ublkwatch/ublkwatch.toml")
+STATUS = Path("/run/ublkwatch/status.json")
+DEADLINE_S = 300.0  # as long as emulated starts beside other guests may take
+
+
+def systemctl(*words: str) -> str:
+    """Run it; it must succeed, within the time that a service has to start or stop."""
+    done = subprocess.run(
+        ["systemctl", *words], capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert done.returncode == 0, f"{words}: {done.stderr}\n{journal()}"
+    return done.stdout.strip()
+
+
+def journal() -> str:
+    command = ["journalctl", "-q", "-o", "short-monotonic", "-u", NAME, "-n", "60"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+
+def shown(key: str) -> str:
+    return systemctl("show", "--value", "-p", key, NAME)
+
+
+def main_pid() -> int:
+    return int(shown("MainPID"))
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {DEADLINE_S:g} s: {what}\n{journal()}")
+        time.sleep(0.2)
+
+
+def device(dev_id: int = 0) -> dict[str, Any]:
+    """Return the device as the service that runs now has it; empty before it has written."""
+    try:
+        document = json.loads(STATUS.read_text())
+    except FileNotFoundError:
+        return {}
+    if document["supervisor_pid"] != main_pid():
+        return {}
+    return next((each for each in document["devices"] if each["dev_id"] == dev_id), {})
+
+
+def watching(recoveries: int) -> dict[str, Any]:
+    wanted = {"phase": "watching", "state": "LIVE", "recoveries": recoveries}
+    until(lambda: wanted.items() <= device().items(), f"watched after {recoveries} recoveries")
+    return device()
+
+
+def kill(pid: int, number: int = signal.SIGKILL) -> None:
+    pidfd = os.pidfd_open(pid)
+    signal.pidfd_send_signal(pidfd, number)
+    os.close(pidfd)
+
+
+@pytest.fixture
+def service(server: Servers) -> Iterator[None]:
+    """Install it as users do; only what the tests' place and patience need is another one."""
+    del server  # its devices go behind the service
+    drop_in = Path(f"/run/systemd/system/{NAME}.d/test.conf")
+    drop_in.parent.mkdir(exist_ok=True)
+    private = "PrivateTmp=no\n" if any(map(TOP.is_relative_to, ("/tmp", "/var/tmp"))) else ""
+    drop_in.write_text(f"[Service]\nWatchdogSec=40\nTimeoutStartSec=600\n{private}")
+    ublkwatch("install-systemd")
+    yield
+    ublkwatch("install-systemd", "--remove")
+    drop_in.unlink()
+    systemctl("daemon-reload")
+
+
+def ublkwatch(*words: str) -> None:
+    """Run the installed program; it must succeed."""
+    command = [str(Path(sys.executable).with_name("ublkwatch")), *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=DEADLINE_S, check=False, cwd="/"
+    )
+    assert done.returncode == 0, f"{words}: {done.stderr}\n{journal()}"
+
+
+def goes_on(load: Fio) -> None:
+    load.wait_progress()
+    load.interrupt()
+    load.report()
+
+
+@pytest.mark.timeout(1200)
+def test_the_service_recovers_and_its_own_comings_and_goings_harm_nothing(
+    server: Servers, service: None, fio: Load, attach: Path
+) -> None:
+    del service
+    creator = server(0)
+    CONFIG.parent.mkdir(exist_ok=True)
+    CONFIG.write_text(f'[[device]]\ndev_id = 0\ncommand = ["{attach}"]\n')
+
+    systemctl("start", NAME)  # returns when it is ready: it has seen every device
+    assert device()["phase"] in ("observed", "watching")
+    until(lambda: shown("StatusText") == "1 device: 1 well", "systemctl status says how it goes")
+    load = fio(0, verify=0, rw="randrw", time_based=1, runtime=1200)
+
+    creator.kill()
+    first = watching(recoveries=1)["server_pid"]
+    group = Path(f"/proc/{first}/cgroup").read_text()
+    assert "ublkwatch-servers.slice/" in group, "in none of our cgroups, nor in our sandbox"
+
+    systemctl("reload", NAME)
+    assert shown("ActiveState") == "active"
+
+    # Stopped in its tracks, it feeds the watchdog no more; systemd kills it, and starts it again.
+    before = main_pid()
+    kill(before, signal.SIGSTOP)
+    until(lambda: main_pid() not in (0, before), "another one runs")
+    assert watching(recoveries=1)["server_pid"] == first
+    assert shown("NRestarts") == "1"
+    assert "watchdog" in journal().lower()
+
+    systemctl("restart", NAME)
+    assert watching(recoveries=1)["server_pid"] == first
+    systemctl("stop", NAME)
+    assert Path(f"/proc/{first}").exists()
+    kill(first)  # while nobody is there
+    systemctl("start", NAME)
+    assert watching(recoveries=2)["server_pid"] != first
+    goes_on(load)
