@@ -116,7 +116,7 @@ class Daemon:
     async def _watch(self, ctrl: UblkCtrl, features: DevFlags | None, stop: asyncio.Event) -> None:
         boot_id = server.read_boot_id()
         start = partial(start_worker, lock_memory=self._settings.lock_memory)
-        servers = server.Servers(boot_id, self._server_exited, self._look)
+        servers = server.Servers(boot_id, self._server_exited, self._look, self._manager)
         launcher = Launcher(
             self._settings.runtime_dir,
             self._ready,
