@@ -56,6 +56,7 @@ async def within(work: Awaitable[T]) -> T:
 
 async def followed() -> asyncio.Task[None]:
     """Follow uevents, and return by what when that has begun."""
+    discover.load_uevents()
     heard = asyncio.Event()
     following = asyncio.create_task(discover.follow_uevents(heard.set))
     await within(heard.wait())

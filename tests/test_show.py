@@ -207,7 +207,7 @@ def test_it_imports_little(place: Place) -> None:
     )
     assert done.returncode == Exit.UNHEALTHY, done.stderr
     modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    heavy = {"asyncio", "sqlite3", "psutil", "prometheus_client", "jeepney", "logging"}
+    heavy = {"asyncio", "sqlite3", "psutil", "pyroute2", "prometheus_client", "jeepney", "logging"}
     assert not modules & heavy
     assert {"ublkwatch.page", "json"} <= modules
     assert len(modules) <= MODULES_MAX, sorted(modules)

@@ -318,12 +318,14 @@ class Daemon:
         while True:
             try:
                 await discover.follow_uevents(self._monitor.look)
-            except OSError as error:
+            except (OSError, ImportError) as error:
                 _log.warning("no uevents (%s); new devices are found by polling", error)
             await asyncio.sleep(_UEVENTS_RETRY_S)
 
     async def _lock_memory(self) -> None:
-        """Lock our memory."""
+        """Lock our memory, once the last that is imported is there."""
+        with contextlib.suppress(ImportError):
+            await asyncio.to_thread(discover.load_uevents)
         if self._settings.lock_memory:
             kept = await asyncio.to_thread(self._armour.lock)
             if kept:

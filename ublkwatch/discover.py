@@ -1,7 +1,10 @@
 """Which ublk devices there are: sysfs for the truth, uevents for news of it.
 
-Uevents are hints: a device's appearing and vanishing is announced, a crash is not (research: no
-uevent at all on a change of state), and what is known to be lost leads to a new look at everything.
+The only home of pyroute2, 33 MiB that only a daemon needs: it knows what a uevent looks like. The
+socket is ours, since pyroute2's under asyncio came with 0.9, which no Debian has, and keeps ENOBUFS
+to itself. Uevents are hints: a device's appearing and vanishing is announced, a crash is not
+(research: no uevent at all on a change of state), and what is known to be lost leads to a new look
+at everything.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import contextlib
 import errno
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ublkwatch.model import Traffic
@@ -69,6 +72,7 @@ async def follow_uevents(look: Callable[[], None]) -> None:
 
     Anybody may send to a socket like this one, but only the kernel has the port 0.
     """
+    parse = await asyncio.to_thread(load_uevents)
     kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
     with socket.socket(socket.AF_NETLINK, kind, _KOBJECT_UEVENT) as uevents:
         uevents.bind((0, _KERNEL_GROUP))
@@ -83,17 +87,26 @@ async def follow_uevents(look: Callable[[], None]) -> None:
                 look()
                 continue
             if port == 0:
-                path, number = _path_and_number(data)
-                if asks_for_look(path, number, last):
+                event = parse(data)
+                number = int(event.get("SEQNUM", 0))
+                if not event or asks_for_look(str(event.get("DEVPATH", "")), number, last):
                     look()
                 last = number
 
 
-def _path_and_number(uevent: bytes) -> tuple[str, int]:
-    """Return what asks_for_look() judges: "ACTION@DEVPATH", then KEY=VALUE, each ended by 0."""
-    words = uevent.decode(errors="replace").split("\0")
-    given = dict(word.split("=", 1) for word in words[1:] if "=" in word)
-    return given.get("DEVPATH", ""), int(given.get("SEQNUM", 0))
+def load_uevents() -> Callable[[bytes], Mapping[str, str]]:
+    """Import what follow_uevents() needs: beforehand, and in a thread; ImportError."""
+    from pyroute2.netlink.uevent import MarshalUevent  # noqa: PLC0415 - see above
+
+    marshal = MarshalUevent()
+
+    def parse(data: bytes) -> Mapping[str, str]:
+        try:
+            return dict(next(iter(marshal.parse(data))))
+        except (ValueError, LookupError):  # such as a network interface whose name is no UTF-8
+            return {}
+
+    return parse
 
 
 def asks_for_look(path: str, number: int, last: int | None) -> bool:

@@ -44,6 +44,7 @@ class Root:
     LIST = """
 import runpy, sys, sysconfig
 from ublkwatch import cli, ctrl_worker, daemon, discover, siting, store
+discover.load_uevents()
 sysconfig.get_path("purelib")
 modules = [module for each in list(sys.modules.values())
            if (module := getattr(each, "__file__", None))]
