@@ -3,13 +3,14 @@ PYTHON := .venv/bin/python
 # The kernels' lab, or this very machine where it has the driver.
 LAB := $(PYTHON) lab/lab.py run $(if $(wildcard /dev/ublk-control),--host,--kernel lts --cpus 2)
 
-.PHONY: help demo test test-full lint bench bench-smoke docs dashboard-types docs-pictures setup clean
+.PHONY: help demo test test-full lint bench bench-smoke deb docs dashboard-types docs-pictures setup clean
 
 help:
 	@echo 'make demo   watch fio run through ten killed servers, on a real kernel'
 	@echo 'make test   lint, types and all tests, on two real kernels'
-	@echo 'make test-full  the same, and what is about ublkwatch alone on both of them'
+	@echo 'make test-full  the same, with what is about ublkwatch alone on both, and the installations'
 	@echo 'make lint   format, lint and types only'
+	@echo 'make deb    a package for Debian, in build/deb'
 	@echo 'make docs   manual pages, completions, docs/metrics.md, PrometheusRule, dashboard: all that is made'
 	@echo 'make dashboard-types  the dashboard against the types of the newest Grafana; needs npm'
 	@echo 'make docs-pictures  docs/dashboard.png, drawn anew; needs npm and chromium'
@@ -21,7 +22,7 @@ demo: setup
 test: setup
 	@$(PYTHON) -m tests
 
-test-full: setup
+test-full: setup deb
 	@$(PYTHON) -m tests full
 
 lint: .venv/.ready
@@ -37,6 +38,18 @@ bench: setup
 
 bench-smoke: setup
 	@$(PYTHON) -m bench --smoke $(if $(wildcard /dev/ublk-control),--host)
+
+# By Debian's own tools, whatever Python this shell has; from the sdist, so that it is known to be whole.
+deb: export PATH := /usr/sbin:/usr/bin:/sbin:/bin
+deb:
+	@dpkg-checkbuilddeps 2>/dev/null || \
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get build-dep --yes -qq ./; }
+	@rm -rf build/deb
+	@python3 -m hatchling build -t sdist -d build/deb
+	@tar -xf build/deb/ublkwatch-*.tar.gz -C build/deb
+	@cd build/deb/ublkwatch-*/ && dpkg-buildpackage --build=binary --no-sign
+	@rm -r build/deb/ublkwatch-*/
+	@if command -v lintian >/dev/null; then lintian --allow-root --fail-on error,warning build/deb/*.changes; fi
 
 # Needs node and npm, which nothing else here does; so no part of the tests.
 dashboard-types:

@@ -98,6 +98,14 @@ $box mkfifo out err
 $box cat out >"${port}1" & spared="1 $$ $!"
 $box cat err >"${port}2" & spared="$spared $!"
 exec 3<>"${port}3"
+# The kernel patches itself once more when it trusts its clock; QEMU's TCG may get that wrong, and a
+# guest that dies of it shall do so before anything is begun.
+tries=60
+while read -r clock </sys/devices/system/clocksource/clocksource0/current_clocksource &&
+    [ "$clock" = tsc-early ] && [ "$tries" -gt 0 ]; do
+    tries=$((tries - 1))
+    $box usleep 50000
+done
 echo "tick $($box cut -d ' ' -f 1 /proc/uptime)" >&3
 $box usleep 500000
 echo "tock $($box cut -d ' ' -f 1 /proc/uptime)" >&3

@@ -45,9 +45,12 @@ _OURS = _kernel(
 _MANY = _kernel("many")
 _UNITS = ("tests/kernel/systemd",)
 _SERVICE = ("tests/kernel/systemd/test_service.py",)
+# What `make deb` and the README's lines for pip come to, the former in a guest.
+_PACKAGE = ("tests/kernel/package",)
+_INSTALL = "tests/test_install.py"
 _REST = (
     "tests/kernel",
-    *(f"--ignore={path}" for path in (*_LONG, *_OURS, *_MANY, *_UNITS)),
+    *(f"--ignore={path}" for path in (*_LONG, *_OURS, *_MANY, *_UNITS, *_PACKAGE)),
 )
 Guest = tuple[str, str, tuple[str, ...]]
 # Kernel, init and tests of each guest; the longest come first.
@@ -60,11 +63,12 @@ GUESTS: tuple[Guest, ...] = (
     ("new", "systemd", (*_UNITS, f"--ignore={_SERVICE[0]}", *_MANY)),
     ("lts", "busybox", _MANY),
 )
-# What `make test-full` adds, so that every test was run on both kernels.
+# What `make test-full` adds, so that every test was run on both kernels, and the package on one.
 MORE_GUESTS: tuple[Guest, ...] = (
     ("lts", "busybox", _OURS),
     ("lts", "systemd", (*_UNITS, *_MANY)),
     ("new", "systemd", _SERVICE),
+    ("new", "systemd", _PACKAGE),
     ("new", "busybox", _MANY),
 )
 
@@ -139,12 +143,14 @@ def main() -> int:
     count = Count()
     count.lint()
     if sys.argv[1:] != ["lint"]:
-        guests = (*GUESTS, *(MORE_GUESTS if sys.argv[1:] == ["full"] else ()))
+        full = sys.argv[1:] == ["full"]
+        guests = (*GUESTS, *(MORE_GUESTS if full else ()))
         with tempfile.TemporaryDirectory(prefix="ublkwatch-tests-", dir="/var/tmp") as name:
             results = Path(name)
             # One more at once than there are CPUs: a guest waits for a third of its time.
             with ThreadPoolExecutor(1 + (os.cpu_count() or 1)) as pool:
-                here = [["tests", "--ignore=tests/kernel"], ["lab"]]
+                ours = ["tests", "--ignore=tests/kernel", f"--ignore={_INSTALL}"]
+                here = [ours, ["lab"], *([[_INSTALL]] if full else ())]
                 runs = [pool.submit(count.pytest, it[0], it, results) for it in here]
                 runs += [
                     pool.submit(count.guest, number, guest, results)

@@ -54,11 +54,15 @@ class Stage:
     def __init__(self) -> None:
         self.peers: list[Peer] = []
         self.notes = Notes()
-        self.workers = Workers(self._start, self.notes)
+        self.settled: list[int] = []
+        self.workers = Workers(self._start, self.notes, self._settle)
+
+    async def _settle(self, pid: int) -> None:
+        self.settled.append(pid)
 
     def _start(self) -> socket.socket:
         ours, theirs = socket.socketpair()
-        theirs.send(b'{"id": 0}\n')  # hello
+        theirs.send(b'{"id": 0, "pid": %d}\n' % (7000 + len(self.peers)))  # hello
         self.peers.append(Peer(theirs))
         return ours
 
@@ -124,6 +128,7 @@ def test_a_silent_worker_is_retired_at_the_deadline_and_closed_after_its_late_an
         assert (await other)["error"] == 0
         old.answer(requests[0])
         assert await old.request() is None
+        assert stage.settled == [7000, 7001]  # each by its pid, once
 
     play(work)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import os
 import struct
 import subprocess
 from pathlib import Path
@@ -143,6 +144,38 @@ def test_a_gap_in_the_kernels_uevents_leads_to_a_look() -> None:
     asyncio.run(main())
 
 
+def test_more_events_than_the_socket_holds_lead_to_a_look() -> None:
+    async def main() -> None:
+        looks: list[None] = []
+        following = asyncio.create_task(discover.follow_uevents(lambda: looks.append(None)))
+        await until(lambda: looks, "the first look")
+        for _ in range(3000):  # a socket holds some hundreds, and nobody reads meanwhile
+            cause_uevent()
+        await until(lambda: len(looks) > 1, "a look for the events that were lost")
+        make_interface("ublk-test")
+        heard = len(looks)
+        await until(lambda: len(looks) > heard, "a look for one that came behind them")
+        assert not following.done()
+        following.cancel()
+
+    asyncio.run(main())
+
+
+def test_an_event_that_is_no_text_leads_to_a_look_and_to_no_end() -> None:
+    """Whoever names network interfaces must not end us."""
+
+    async def main() -> None:
+        looks: list[None] = []
+        following = asyncio.create_task(discover.follow_uevents(lambda: looks.append(None)))
+        await until(lambda: looks, "the first look")
+        make_interface("strange-\udcff")
+        await until(lambda: len(looks) > 1 or following.done(), "a look")
+        assert not following.done()
+        following.cancel()
+
+    asyncio.run(main())
+
+
 def test_an_event_of_something_called_ublk_leads_to_a_look() -> None:
     """A network interface lends its name: it takes no driver of ours, and goes when closed."""
 
@@ -168,6 +201,6 @@ def make_interface(name: str) -> None:
     """Let the kernel announce an interface of that name, and its going."""
     try:
         with TUN.open("r+b", buffering=0) as tun:
-            fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH14x", name.encode(), IFF_TUN_NO_PI))
+            fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH14x", os.fsencode(name), IFF_TUN_NO_PI))
     except OSError as error:
         pytest.skip(f"no network interface can be made here: {error}")

@@ -97,6 +97,7 @@ LAYERS: dict[str, set[str]] = {
     "scrape": set(),
     "health": set(),
     "notify": set(),
+    "service": {"trust"},
     "log": {"events", "model", "status"},
     # L3: the shell; its edges come in by Protocol
     "lanes": set(),
@@ -160,12 +161,14 @@ LAYERS: dict[str, set[str]] = {
         *("model", "settings", "uapi", "verbs", "wire"),
     },
     "verbs.run": {"config", "daemon", "driver", "notify", "siting", "store", "verbs"},
+    "verbs.service": {"service", "verbs"},
     "verbs.past": {"config", "page", "past", "store", "trail", "verbs"},
     "verbs.show": {"config", "page", "sheet", "verbs"},
     "verbs.tell": {"config", "explain", "foretell", "model", "status", "store", "verbs"},
     "cli": {
         *("", "config", "settings", "verbs", "verbs.doctor", "verbs.drill", "verbs.order"),
-        *("verbs.past", "verbs.rules", "verbs.run", "verbs.show", "verbs.stop", "verbs.tell"),
+        *("verbs.past", "verbs.rules", "verbs.run", "verbs.service", "verbs.show", "verbs.stop"),
+        "verbs.tell",
     },
 }
 
@@ -176,7 +179,7 @@ HOMES = {
     # The ring; the shell's files, kept in memory where the gate is a shell; a drill's direct I/O.
     "mmap": {"gate", "scratch", "uring"},
     # Servers by fork, behind their gate; workers; operators' commands, the system's tools; a drill.
-    "subprocess": {"fork", "gate", "launch", "outside", "rounds"},
+    "subprocess": {"fork", "gate", "launch", "outside", "rounds", "service"},
     "threading": {"apart", "armour"},
     "jeepney": {"bus", "units"},
     "psutil": {"server"},
@@ -186,7 +189,8 @@ HOMES = {
     "prometheus_client": {"collect", "metrics"},
     "argparse": {
         *("cli", "verbs", "verbs.asking", "verbs.doctor", "verbs.drill", "verbs.order"),
-        *("verbs.past", "verbs.rules", "verbs.run", "verbs.show", "verbs.stop", "verbs.tell"),
+        *("verbs.past", "verbs.rules", "verbs.run", "verbs.service", "verbs.show", "verbs.stop"),
+        "verbs.tell",
     },
     "os.pidfd_open": {"server"},
     "signal.pidfd_send_signal": {"server"},

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,3 +91,56 @@ def overwhelm(listening: Listener, tmp_path: Path) -> None:
     assert 0 < len(listening.heard()) < 5000
     deaf.alive()
     assert listening.heard() == ["WATCHDOG=1"]
+
+
+def test_a_descriptor_is_kept_under_its_name(listener: tuple[Listener, str]) -> None:
+    listening, name = listener
+    manager = Manager({"NOTIFY_SOCKET": name})
+    with tempfile.TemporaryFile() as file:
+        manager.keep("server-7-100", file.fileno())
+        said, descriptors, _, _ = socket.recv_fds(listening.socket, 4096, 1)
+        assert said == b"FDSTORE=1\nFDNAME=server-7-100\nFDPOLL=0"
+        (kept,) = descriptors
+        assert os.path.samestat(os.fstat(kept), os.fstat(file.fileno()))
+        os.close(kept)
+    manager.drop("server-7-100")
+    assert listening.heard() == ["FDSTOREREMOVE=1\nFDNAME=server-7-100"]
+
+
+HEIR = """
+import asyncio, os
+from ublkwatch.notify import Manager
+
+async def live():
+    os.environ["LISTEN_PID"] = str(os.getpid())
+    manager = Manager(os.environ)
+    taken = manager.take("one")
+    assert os.read(taken, 100) == b"what one holds"
+    assert not os.get_inheritable(taken)
+    assert manager.take("one") is None and manager.take("three") is None
+    assert not any(name.startswith("LISTEN") for name in os.environ)
+    ready = asyncio.Event()
+    ready.set()
+    await manager.attend(ready, lambda: True)
+    try:
+        os.fstat(4)
+    except OSError:
+        print("the other one is closed")
+
+asyncio.run(live())
+"""
+
+
+def test_what_was_kept_is_there_for_the_next_life_and_the_rest_is_let_go(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(f"what {name} holds")
+    shell = f"exec 3<{tmp_path}/one 4<{tmp_path}/two; exec {sys.executable} -c '{HEIR}'"
+    environment = {"LISTEN_FDS": "2", "LISTEN_FDNAMES": "one:two"}
+    done = subprocess.run(
+        ["/bin/sh", "-c", shell],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "the other one is closed\n", done.stderr

@@ -242,3 +242,42 @@ def test_how_a_process_ended_that_was_somebody_else_nobody_knows() -> None:
         servers.close()
 
     asyncio.run(story())
+
+
+class Drawer:
+    """Keeps descriptors between two lives, as the service manager does."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, int] = {}
+
+    def keep(self, name: str, descriptor: int) -> None:
+        self.kept.setdefault(name, os.dup(descriptor))
+
+    def take(self, name: str) -> int | None:
+        return os.dup(self.kept[name]) if name in self.kept else None
+
+    def drop(self, name: str) -> None:
+        if name in self.kept:
+            os.close(self.kept.pop(name))
+
+
+def test_how_a_process_ended_while_nobody_watched_is_known_by_its_pidfd_that_was_kept() -> None:
+    async def story() -> None:
+        seen: list[int | None] = []
+        drawer = Drawer()
+        with child(LINEAGE, arguments=("import time; time.sleep(600)",)) as (_process, line):
+            first = Servers(read_boot_id(), lambda _, __: None, keeper=drawer)
+            server = first.identify(int(line))
+            assert server is not None
+            first.watch(server)
+            first.close()
+            assert len(drawer.kept) == 1
+            os.kill(server.pid, 9)
+            await until(lambda: first.identify(server.pid) is None, "it has ended")
+            second = Servers(read_boot_id(), lambda _, how: seen.append(how), keeper=drawer)
+            second.watch(server)
+            await until(lambda: seen == [-9], "how it ended is known")
+            assert drawer.kept == {}
+            second.close()
+
+    asyncio.run(story())

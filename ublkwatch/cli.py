@@ -53,7 +53,17 @@ def parser(word: list[str] | None = None) -> argparse.ArgumentParser:
     show.add(verbs, shared)
     if word == ["status"]:
         return whole  # it must not pay for the others
-    from ublkwatch.verbs import doctor, drill, order, past, rules, run, stop, tell  # noqa: PLC0415
+    from ublkwatch.verbs import (  # noqa: PLC0415
+        doctor,
+        drill,
+        order,
+        past,
+        rules,
+        run,
+        service,
+        stop,
+        tell,
+    )
 
     tell.add(verbs, shared, device)
     past.add(verbs, shared)
@@ -62,4 +72,5 @@ def parser(word: list[str] | None = None) -> argparse.ArgumentParser:
     rules.add(verbs, shared)
     doctor.add(verbs, shared)
     run.add(verbs, shared)
+    service.add(verbs, shared)
     return whole

@@ -20,7 +20,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from ublkwatch.armour import Armour
@@ -42,9 +42,19 @@ _BUSY_PAUSE_MAX_S = 0.05
 class Workers:
     """The daemon's side: hands commands to the current worker, retires it when it is stuck."""
 
-    def __init__(self, start: Callable[[], socket.socket], meter: Meter | None = None) -> None:
-        """``start`` starts a worker process and returns our end of its line; it may take time."""
+    def __init__(
+        self,
+        start: Callable[[], socket.socket],
+        meter: Meter | None = None,
+        settle: Callable[[int], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
+        """``start`` starts a worker process and returns our end of its line; it may take time.
+
+        ``settle`` is done beside its work once it is there, with its pid; it raises nothing.
+        """
         self._start = start
+        self._settle = settle
+        self._settling: set[asyncio.Task[None]] = set()
         self._meter = meter or Meter()
         self._current: _Line | None = None
         self._retired: list[_Line] = []  # those that still have something to finish
@@ -68,6 +78,10 @@ class Workers:
                 if line.closed:
                     raise OSError(errno.EIO, "the control worker did not start")
                 self._current = line
+                if self._settle is not None:
+                    task = asyncio.create_task(self._settle(line.pid))
+                    self._settling.add(task)
+                    task.add_done_callback(self._settling.discard)
 
     async def call(
         self, command: str, dev_id: int, key: str, *, timeout_s: float, **arguments: float
@@ -128,6 +142,8 @@ class Workers:
 
     def close(self) -> None:
         """Let go of the workers: they end, or, where a command holds one, it is left alone."""
+        for task in self._settling:
+            task.cancel()
         for line in (*self._retired, *([self._current] if self._current else [])):
             line.close()
 
@@ -162,6 +178,7 @@ class _Line:
         self._retired = False
         self.closed = False
         self.overdue: set[int] = set()  # what was not answered in time
+        self.pid = 0  # as it says
         self.hello = asyncio.Event()  # it has said that it is there, or it has ended
         self._listener = asyncio.create_task(self._listen(reader))
 
@@ -210,6 +227,7 @@ class _Line:
             while line := await reader.readline():
                 answer = json.loads(line)
                 if answer["id"] == _HELLO:
+                    self.pid = answer["pid"]
                     self.hello.set()
                 waiting = self._answers.pop(answer["id"], None)
                 self.overdue.discard(answer["id"])
@@ -311,7 +329,7 @@ async def _serve(line: socket.socket, *, lock_memory: bool) -> None:
     worker = _Worker(ring, writer)
     if lock_memory:
         Armour().lock()  # where it cannot be, the daemon has said so; the rest is inherited
-    writer.write(json.dumps({"id": _HELLO}).encode() + b"\n")
+    writer.write(json.dumps({"id": _HELLO, "pid": os.getpid()}).encode() + b"\n")
     with contextlib.suppress(ConnectionError):
         while request := await reader.readline():
             worker.take(json.loads(request))

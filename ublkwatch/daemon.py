@@ -116,8 +116,7 @@ class Daemon:
     async def _watch(self, ctrl: UblkCtrl, features: DevFlags | None, stop: asyncio.Event) -> None:
         boot_id = server.read_boot_id()
         start = partial(start_worker, lock_memory=self._settings.lock_memory)
-        workers = Workers(start, self._metrics)
-        servers = server.Servers(boot_id, self._server_exited, self._look)
+        servers = server.Servers(boot_id, self._server_exited, self._look, self._manager)
         launcher = Launcher(
             self._settings.runtime_dir,
             self._ready,
@@ -125,6 +124,7 @@ class Daemon:
             judge=self._judge,
             usual_oom_score_adj=self._armour.usual_oom_score_adj,
         )
+        workers = Workers(start, self._metrics, launcher.set_apart)
         self._generation = Generation.of(features)
         settings = self._settings
         self._library = Library(

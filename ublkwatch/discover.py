@@ -1,18 +1,21 @@
 """Which ublk devices there are: sysfs for the truth, uevents for news of it.
 
-The only home of pyroute2, 120 ms and 33 MiB, which only a daemon needs. Uevents are hints: a
-device's appearing and vanishing is announced, a crash is not (research: no uevent at all on a
-change of state), and a gap in their sequence numbers leads to a new look at everything.
+The only home of pyroute2, 33 MiB that only a daemon needs: it knows what a uevent looks like. The
+socket is ours, since pyroute2's under asyncio came with 0.9, which no Debian has, and keeps ENOBUFS
+to itself. Uevents are hints: a device's appearing and vanishing is announced, a crash is not
+(research: no uevent at all on a change of state), and what is known to be lost leads to a new look
+at everything.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import re
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from ublkwatch.model import Traffic
 
@@ -20,7 +23,9 @@ _SYSFS = Path("/sys")
 # Documentation/block/stat.rst: read, write, discard and flush requests completed.
 _COMPLETED = (0, 4, 11, 15)
 _IN_FLIGHT = 8
+_KOBJECT_UEVENT = 15  # include/uapi/linux/netlink.h: NETLINK_KOBJECT_UEVENT
 _KERNEL_GROUP = 1  # uevents as the kernel sends them; group 2 repeats udevd's view of them
+_UEVENT_MAX = 8192  # lib/kobject_uevent.c: UEVENT_BUFFER_SIZE is 2048, and a header before it
 
 
 def dev_ids(sysfs: Path = _SYSFS) -> set[int]:
@@ -62,26 +67,46 @@ def traffic(dev_id: int, sysfs: Path = _SYSFS) -> Traffic | None:
     return Traffic(inflight, completed, parked=max(0, inflight - driven))
 
 
-def load_uevents() -> Any:
-    """Import what follow_uevents() needs: beforehand, and in a thread; ImportError."""
-    from pyroute2.netlink.uevent import AsyncUeventSocket  # noqa: PLC0415 - see above
-
-    return AsyncUeventSocket
-
-
 async def follow_uevents(look: Callable[[], None]) -> None:
-    """Call ``look`` when a ublk device came or went, and when uevents were lost. Endless."""
-    last = None
-    socket_type = await asyncio.to_thread(load_uevents)
-    async with socket_type() as socket:
-        await socket.bind(groups=_KERNEL_GROUP)
+    """Call ``look`` when a ublk device came or went, and when uevents were lost. Endless; OSError.
+
+    Anybody may send to a socket like this one, but only the kernel has the port 0.
+    """
+    parse = await asyncio.to_thread(load_uevents)
+    kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    with socket.socket(socket.AF_NETLINK, kind, _KOBJECT_UEVENT) as uevents:
+        uevents.bind((0, _KERNEL_GROUP))
         look()  # what came before is lost, as in a gap
+        loop, last = asyncio.get_running_loop(), None
         while True:
-            async for message in socket.get():
-                number = int(message.get("SEQNUM", 0))
-                if asks_for_look(str(message.get("DEVPATH", "")), number, last):
+            try:
+                data, (port, _) = await loop.sock_recvfrom(uevents, _UEVENT_MAX)
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:  # there were more than the socket holds
+                    raise
+                look()
+                continue
+            if port == 0:
+                event = parse(data)
+                number = int(event.get("SEQNUM", 0))
+                if not event or asks_for_look(str(event.get("DEVPATH", "")), number, last):
                     look()
                 last = number
+
+
+def load_uevents() -> Callable[[bytes], Mapping[str, str]]:
+    """Import what follow_uevents() needs: beforehand, and in a thread; ImportError."""
+    from pyroute2.netlink.uevent import MarshalUevent  # noqa: PLC0415 - see above
+
+    marshal = MarshalUevent()
+
+    def parse(data: bytes) -> Mapping[str, str]:
+        try:
+            return dict(next(iter(marshal.parse(data))))
+        except (ValueError, LookupError):  # such as a network interface whose name is no UTF-8
+            return {}
+
+    return parse
 
 
 def asks_for_look(path: str, number: int, last: int | None) -> bool:

@@ -194,6 +194,14 @@ class Launcher:
 
     # --- what else is started --------------------------------------------------------------------
 
+    async def set_apart(self, pid: int) -> None:
+        """Have a control worker outside our unit: while it is stuck, a stop would wait for it."""
+        try:
+            if await self._choose():
+                await self._units.set_apart(pid)
+        except OSError as error:
+            _log.warning("the control worker stays in our own control group: %s", error)
+
     async def decide(
         self, command: tuple[str, ...], about: dict[str, str], timeout_s: float
     ) -> tuple[str, int | None]:

@@ -1,11 +1,13 @@
-"""What the service manager is told of us: sd_notify(3), by plain datagrams.
+"""What the service manager is told of us, and keeps for us: sd_notify(3), by plain datagrams.
 
 Without a manager that listens nothing is told. What we start must not speak in our name, so its
-variables are taken out of the environment.
+variables are taken out of the environment. What it keeps are descriptors, which it hands to our
+next life (sd_listen_fds(3)); nothing depends on them.
 """
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
 import os
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, MutableMapping
 
 _STATUS_MAX = 200  # characters
+_LISTEN_FDS_START = 3
 
 
 class Manager:
@@ -29,11 +32,15 @@ class Manager:
         # How long we may be silent until we are killed; None: it does not watch us.
         self.watchdog_s = int(usec) / 1e6 if usec.isdigit() and int(usec) and meant else None
         self._said = ""
+        self._kept = _handed_over(environment)
 
     async def attend(self, ready: asyncio.Event, progresses: Callable[[], bool]) -> None:
         """Tell once that we are ready; then for ever, as often as is wanted, that we progress."""
         await ready.wait()
         self.ready()
+        for name in list(self._kept):  # whoever it is of is not known any more
+            os.close(self._kept[name])
+            self.drop(name)
         while self.watchdog_s is not None:
             if progresses():
                 self.alive()
@@ -62,12 +69,42 @@ class Manager:
             self._said = line
             self._tell(f"STATUS={line}")
 
-    def _tell(self, *lines: str) -> None:
+    def keep(self, name: str, descriptor: int) -> None:
+        """Have a duplicate of a descriptor kept for our next life, under a name without ":"."""
+        # FDPOLL=0: a pidfd that is readable is one whose process has ended, and of use yet.
+        self._tell("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", descriptor=descriptor)
+
+    def take(self, name: str) -> int | None:
+        """Return the descriptor that our former life had kept under a name; it is the caller's."""
+        return self._kept.pop(name, None)
+
+    def drop(self, name: str) -> None:
+        """Have what was kept under a name forgotten."""
+        self._kept.pop(name, None)
+        self._tell("FDSTOREREMOVE=1", f"FDNAME={name}")
+
+    def _tell(self, *lines: str, descriptor: int | None = None) -> None:
         if not self._address:
             return
+        ancillary = []
+        if descriptor is not None:
+            rights = array.array("i", [descriptor])
+            ancillary.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, rights))
         # Its queue may be full, or itself be restarted: the next word will do.
         with (
             contextlib.suppress(OSError),
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as line,
         ):
-            line.sendto("\n".join(lines).encode(), self._address)
+            line.sendmsg(["\n".join(lines).encode()], ancillary, 0, self._address)
+
+
+def _handed_over(environment: MutableMapping[str, str]) -> dict[str, int]:
+    """Return by name what the manager kept of our former life."""
+    count, pid = environment.pop("LISTEN_FDS", ""), environment.pop("LISTEN_PID", "")
+    names = environment.pop("LISTEN_FDNAMES", "").split(":")
+    if pid != str(os.getpid()) or not count.isdigit():
+        return {}
+    kept = dict(zip(names, range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)), strict=False))
+    for descriptor in kept.values():
+        os.set_inheritable(descriptor, False)
+    return kept

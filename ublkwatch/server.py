@@ -16,6 +16,7 @@ import struct
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -78,6 +79,14 @@ def _cgroup(home: Path) -> str:
     return ""
 
 
+class Keeper(Protocol):
+    """notify.Manager, as far as it keeps descriptors for our next life."""
+
+    def keep(self, name: str, descriptor: int) -> None: ...
+    def take(self, name: str) -> int | None: ...
+    def drop(self, name: str) -> None: ...
+
+
 class Servers:
     """The processes that ublkwatch knows, each by a pidfd."""
 
@@ -86,12 +95,15 @@ class Servers:
         boot_id: str,
         report: Callable[[ServerId, int | None], None],
         thread_ended: Callable[[], None] = lambda: None,
+        keeper: Keeper | None = None,
     ) -> None:
         """``report`` is told, from the loop, of each watched process that has ended, once.
 
         And how: its exit code, a signal's number below zero, or None where that cannot be known.
         ``thread_ended`` is called when a watched thread has: then is the time to look.
+        ``keeper`` has the pidfds meanwhile, should we end: so it is known how a server ended then.
         """
+        self._keeper = keeper
         self._thread_ended = thread_ended
         self._threads: dict[ServerId, dict[int, int]] = {}  # pidfds, by thread
         self._boot_id = boot_id
@@ -111,12 +123,16 @@ class Servers:
         """Report its end; at once, if it has ended already or its pid is somebody else's."""
         if server in self._pidfds:
             return
-        pidfd = self._open(server)
+        pidfd = self._keeper.take(_kept_name(server)) if self._keeper else None
+        if pidfd is None:
+            pidfd = self._open(server)
         if pidfd is None:
             self._loop.call_soon(self._report, server, None)
             return
         self._pidfds[server] = pidfd
         self._loop.add_reader(pidfd, self._exited, server)
+        if self._keeper:
+            self._keeper.keep(_kept_name(server), pidfd)
 
     def watch_threads(self, server: ServerId, tids: Iterable[int]) -> None:
         """Call ``thread_ended`` when one of these threads of a watched process has ended.
@@ -204,10 +220,16 @@ class Servers:
     def _exited(self, server: ServerId) -> None:
         pidfd = self._pidfds.pop(server)
         self._loop.remove_reader(pidfd)
+        if self._keeper:
+            self._keeper.drop(_kept_name(server))
         status = _exit_status(pidfd, server)
         os.close(pidfd)
         self._forget_threads(server)
         self._report(server, status)
+
+
+def _kept_name(server: ServerId) -> str:
+    return f"server-{server.pid}-{server.start_ticks}"  # what is kept does not outlive the boot
 
 
 def identify(pid: int, boot_id: str) -> ServerId | None:

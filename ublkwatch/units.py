@@ -34,6 +34,7 @@ _MANAGER = DBusAddress("/org/freedesktop/systemd1", _NAME, f"{_NAME}.Manager")
 _EXISTS = f"{_NAME}.UnitExists"
 _START_S = 30.0  # for exec: the program's file system may be slow
 _LEFTOVER_S = 0.5
+_SCOPE_STOP_US = 1_000_000
 _AUTOPSY_S = 2.0
 _JOURNAL_S = 10.0
 _LOOK_S = 0.01
@@ -98,6 +99,25 @@ class UnitStarter:
         method = "RestartUnit" if unit["ActiveState"] == "active" else "StartUnit"
         (path,) = await self._bus.call(_MANAGER, method, "ss", (name, "replace"))
         return await self._started(home, name, path, named=True)
+
+    async def set_apart(self, pid: int) -> None:
+        """Put a child of ours into a scope of its own, so that no stop of our unit waits for it.
+
+        OSError where that cannot be done.
+        """
+        await self.connect()
+        properties: list[tuple[str, tuple[str, Any]]] = [
+            ("PIDs", ("au", [pid])),
+            ("Description", ("s", "control worker of ublkwatch")),
+            ("Slice", ("s", SLICE)),
+            ("CollectMode", ("s", "inactive-or-failed")),
+            # It ends with us; one in uninterruptible sleep does not by any signal.
+            ("TimeoutStopUSec", ("t", _SCOPE_STOP_US)),
+        ]
+        name = f"ublkwatch-worker-{pid}.scope"
+        await self._bus.call(
+            _MANAGER, "StartTransientUnit", "ssa(sv)a(sa(sv))", (name, "fail", properties, [])
+        )
 
     def started(self, pid: int) -> bool:
         """Tell whether a process is one that systemd started for us."""

@@ -30,7 +30,7 @@ _ublkwatch() {
         --attach|--cwd|--env|--exe|--for|--group|--handoff|--limit|--name|--policy|--process|--profile|--reason|--rounds|--set|--since|--tag|--timeout|--unit|--user) return ;;
     esac
     case $verb in
-        '') options='status explain history events hold release retry recover forget stop drill register unregister reload registered doctor features version check-config run --version --help' ;;
+        '') options='status explain history events hold release retry recover forget stop drill register unregister reload registered doctor features version check-config run install-systemd --version --help' ;;
         status) options='--config -o --output --json -x --unhealthy --watch --help' takes='devices' ;;
         explain) options='--config --help' takes='devices' ;;
         history) options='--config --limit --json --since --help' takes='devices' ;;
@@ -51,6 +51,7 @@ _ublkwatch() {
         version) options='--config --json --help' takes='' ;;
         check-config) options='--config --json --help' takes='files' ;;
         run) options='--config --verbose --help' takes='' ;;
+        install-systemd) options='--config --now --remove --dry-run --help' takes='' ;;
         *) return ;;
     esac
     if [[ -z $verb || $cur == -* ]]; then

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 GROUP = "disk"
 NOBODY = 65534
 OK, DOWN, NO, REFUSED = Exit.OK, Exit.NOT_RUNNING, Exit.NO_PERMISSION, Exit.REFUSED
-STATE, UNHEALTHY = Exit.STATE, Exit.UNHEALTHY
+STATE, UNHEALTHY, UNAVAILABLE = Exit.STATE, Exit.UNHEALTHY, Exit.UNAVAILABLE
 Codes = tuple[Exit | None, Exit, Exit]
 # What is asked; how that ends for root, for a member of admin_group and for another user while the
 # daemon runs; and while it does not.
@@ -60,6 +60,8 @@ TABLE: dict[str, tuple[str, Codes, Codes]] = {
     "features": ("", (OK, NO, NO), (OK, NO, NO)),
     "version": ("", (OK, OK, OK), (OK, OK, OK)),
     "check-config": ("", (OK, OK, OK), (OK, OK, OK)),
+    # The guest has no systemd.
+    "install-systemd": ("", (UNAVAILABLE, NO, NO), (UNAVAILABLE, NO, NO)),
     "run": ("", (STATE, NO, NO), (None, NO, NO)),  # None: that is the daemon of this test
 }
 PAGES = ("status", "explain", "events", "doctor")  # they have something to show all the same

@@ -5,6 +5,7 @@ lab/lab.py run --init systemd -- .venv/bin/python -m pytest tests/kernel/systemd
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,16 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from supervisor import worker_of
 
 if TYPE_CHECKING:
     from conftest import Fio, Load, Servers
 
 TOP = Path(__file__).parents[3]
-UNIT = TOP / "deploy/systemd/ublkwatch.service"
-NAME = UNIT.name
-UNITS = Path("/run/systemd/system")
+NAME = "ublkwatch.service"
+PROGRAM = Path(sys.executable).with_name("ublkwatch")
 CONFIG = Path("/etc/ublkwatch/ublkwatch.toml")
 STATUS = Path("/run/ublkwatch/status.json")
+STOP_S = 30.0  # the unit's TimeoutStopSec: behind it systemd waits once more, and gives up
 DEADLINE_S = 300.0  # as long as emulated starts beside other guests may take
 
 
@@ -84,24 +86,30 @@ def kill(pid: int, number: int = signal.SIGKILL) -> None:
 
 @pytest.fixture
 def service(server: Servers) -> Iterator[None]:
-    """Install what ships; only what the tests' place and patience need is another one."""
+    """Install it as users do; only what the tests' place and patience need is another one."""
     del server  # its devices go behind the service
-    text = UNIT.read_text()
-    program = f"{sys.executable} -m ublkwatch"
-    assert text.count("ExecStart=/usr/bin/ublkwatch ") == 1
-    (UNITS / NAME).write_text(text.replace("/usr/bin/ublkwatch", program))
-    drop_in = UNITS / f"{NAME}.d/test.conf"
+    drop_in = Path(f"/run/systemd/system/{NAME}.d/test.conf")
     drop_in.parent.mkdir(exist_ok=True)
     private = "PrivateTmp=no\n" if any(map(TOP.is_relative_to, ("/tmp", "/var/tmp"))) else ""
-    drop_in.write_text(
-        f"[Service]\nWorkingDirectory={TOP}\nWatchdogSec=40\nTimeoutStartSec=600\n{private}"
-    )
-    systemctl("daemon-reload")
+    drop_in.write_text(f"[Service]\nWatchdogSec=40\nTimeoutStartSec=600\n{private}")
+    ublkwatch("install-systemd")
     yield
-    systemctl("stop", NAME)
+    ublkwatch("install-systemd", "--remove")
     drop_in.unlink()
-    (UNITS / NAME).unlink()
     systemctl("daemon-reload")
+
+
+def ublkwatch(*words: str) -> None:
+    """Run the installed program; it must succeed."""
+    done = subprocess.run(
+        [str(PROGRAM), *words],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+        cwd="/",
+    )
+    assert done.returncode == 0, f"{words}: {done.stderr}\n{journal()}"
 
 
 def goes_on(load: Fio) -> None:
@@ -135,16 +143,65 @@ def test_the_service_recovers_and_its_own_comings_and_goings_harm_nothing(
     # Stopped in its tracks, it feeds the watchdog no more; systemd kills it, and starts it again.
     before = main_pid()
     kill(before, signal.SIGSTOP)
+    kill(first)
     until(lambda: main_pid() not in (0, before), "another one runs")
-    assert watching(recoveries=1)["server_pid"] == first
+    now = watching(recoveries=2)
+    second = now["server_pid"]
+    assert second != first
+    if tells_how_it_ended():  # by the pidfd that systemd had kept
+        assert (now["cause"], now["cause_detail"]) == ("signal", "SIGKILL")
     assert shown("NRestarts") == "1"
     assert "watchdog" in journal().lower()
 
     systemctl("restart", NAME)
-    assert watching(recoveries=1)["server_pid"] == first
+    assert watching(recoveries=2)["server_pid"] == second
     systemctl("stop", NAME)
-    assert Path(f"/proc/{first}").exists()
-    kill(first)  # while nobody is there
+    assert Path(f"/proc/{second}").exists()
+    kill(second)  # while nobody is there
     systemctl("start", NAME)
-    assert watching(recoveries=2)["server_pid"] != first
+    assert watching(recoveries=3)["server_pid"] != second
     goes_on(load)
+
+
+def tells_how_it_ended() -> bool:
+    """Tell whether a pidfd knows that of a process that is gone (Linux 6.15)."""
+    major, minor = os.uname().release.split(".")[:2]
+    return (int(major), int(minor)) >= (6, 15)
+
+
+@pytest.mark.timeout(1200)
+def test_a_worker_that_is_stuck_in_the_kernel_holds_up_neither_a_stop_nor_a_start(
+    server: Servers, service: None, fio: Load, attach: Path
+) -> None:
+    """STOP_DEV sleeps behind requests that a server sits on: its worker cannot be killed."""
+    del service
+    stuck, creator = server(1, more=("--fault", "stall")), server(0)
+    CONFIG.parent.mkdir(exist_ok=True)
+    CONFIG.write_text(f'[[device]]\ndev_id = 0\ncommand = ["{attach}"]\n')
+    systemctl("start", NAME)
+    worker = worker_of(main_pid())
+    group = Path(f"/proc/{worker}/cgroup")
+    until(lambda: f"ublkwatch-worker-{worker}.scope" in group.read_text(), "it is set apart")
+    fio(1, rw="randread", verify=0)
+    stop = subprocess.Popen([str(PROGRAM), "stop", "1", "--force", "--yes"])
+    try:
+        until(lambda: "D" in states_of(worker), "STOP_DEV sleeps")
+        began = time.monotonic()
+        systemctl("stop", NAME)
+        assert time.monotonic() - began < STOP_S
+        assert "D" in states_of(worker), "else nothing was stuck"
+        systemctl("start", NAME)
+        creator.kill()
+        watching(recoveries=1)
+    finally:
+        stuck.kill()
+        stop.wait(DEADLINE_S)
+
+
+def states_of(pid: int) -> set[str]:
+    """Return the states of a process' threads, of which io_uring's may sleep for it."""
+    found = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.add(task.read_text().rpartition(")")[2].split()[0])
+    return found
