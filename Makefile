@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 # The kernels' lab, or this very machine where it has the driver.
 LAB := $(PYTHON) lab/lab.py run $(if $(wildcard /dev/ublk-control),--host,--kernel lts --cpus 2)
 
-.PHONY: help demo test test-full lint bench bench-smoke docs dashboard-types setup clean
+.PHONY: help demo test test-full lint bench bench-smoke docs dashboard-types image manifests setup clean
 
 help:
 	@echo 'make demo   watch fio run through ten killed servers, on a real kernel'
@@ -12,6 +12,8 @@ help:
 	@echo 'make lint   format, lint and types only'
 	@echo 'make docs   manual pages, completions, docs/metrics.md, PrometheusRule, dashboard: all that is made'
 	@echo 'make dashboard-types  the dashboard against the types of the newest Grafana; needs npm'
+	@echo 'make image  a container image, an OCI archive in build; as root, with buildah and mmdebstrap'
+	@echo 'make manifests  what is for Kubernetes against the schemas of its versions; needs kubectl and npm'
 	@echo 'make bench  how fast ublkwatch recovers, beside an oracle; what it and a scrape cost'
 
 demo: setup
@@ -42,6 +44,17 @@ dashboard-types:
 	@mkdir -p build && cp -r tests/types build
 	@cd build/types && npm install --silent --no-audit --no-fund --no-package-lock
 	@cd build/types && node check.js ../../deploy/grafana/ublkwatch.json
+
+# No image is pulled: the base is made of Debian's packages, or BASE=IMAGE names another one.
+image: .venv/.ready
+	@sh deploy/container/image.sh
+
+# Needs kubectl, node and npm, and 150 MB of schemas; so no part of the tests.
+manifests:
+	@mkdir -p build && cp -r tests/manifests build
+	@cd build/manifests && python3 -m venv venv && venv/bin/pip install --quiet -r requirements.txt
+	@cd build/manifests && npm install --silent --no-audit --no-fund --no-package-lock
+	@cd build/manifests && venv/bin/python ../../tests/manifests/check.py
 
 # Everything that the above need: Python with its packages, kernels, QEMU, fio, a C compiler.
 setup: .venv/.ready

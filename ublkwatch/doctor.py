@@ -24,7 +24,7 @@ _INIT_PID_NS = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _SYSTEMD_MIN = 240  # Type=exec
 _AS_ROOT = "run this as root"
 _STALE_S = 10.0  # of the status document, at the most
-_CAPABILITIES = {
+CAPABILITIES = {
     "CAP_SYS_ADMIN": (21, Level.BAD, "every control command of ublk"),
     "CAP_SYS_PTRACE": (19, Level.WARN, "seeing who has a device open"),
     "CAP_KILL": (5, Level.WARN, "ending servers of other users"),
@@ -88,9 +88,11 @@ def capabilities(facts: Facts) -> Iterator[Finding]:
     status = _read(facts.root / f"proc/{_daemon(facts)}/status")
     text = re.search(r"^CapEff:\s*(\w+)$", status, re.MULTILINE)
     has = int(text[1], 16) if text else 0
-    missing = [name for name, (bit, _, _) in _CAPABILITIES.items() if not has >> bit & 1]
+    missing = [name for name, (bit, _, _) in CAPABILITIES.items() if not has >> bit & 1]
+    if facts.settings and facts.settings.launcher == "systemd":
+        missing = [name for name in missing if name != "CAP_SETUID"]  # systemd has it
     for name in missing:
-        _, level, what = _CAPABILITIES[name]
+        _, level, what = CAPABILITIES[name]
         yield Finding(level, "capability", f"no {name}: {what} needs it", "give it that, or root")
     if not missing:
         yield _ok("capability", "all that are needed")
