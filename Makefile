@@ -8,7 +8,7 @@ LAB := $(PYTHON) lab/lab.py run $(if $(wildcard /dev/ublk-control),--host,--kern
 help:
 	@echo 'make demo   watch fio run through ten killed servers, on a real kernel'
 	@echo 'make test   lint, types and all tests, on two real kernels'
-	@echo 'make test-full  the same, and what is about ublkwatch alone on both of them'
+	@echo 'make test-full  the same, all of it on both of them, and the container image'
 	@echo 'make lint   format, lint and types only'
 	@echo 'make docs   manual pages, completions, docs/metrics.md, PrometheusRule, dashboard: all that is made'
 	@echo 'make dashboard-types  the dashboard against the types of the newest Grafana; needs npm'
@@ -22,7 +22,7 @@ demo: setup
 test: setup
 	@$(PYTHON) -m tests
 
-test-full: setup
+test-full: setup image
 	@$(PYTHON) -m tests full
 
 lint: .venv/.ready

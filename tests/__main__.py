@@ -43,9 +43,11 @@ _OURS = _kernel(
 # In a guest that has nothing else servers are our children; where systemd is process 1, its units.
 _MANY = _kernel("many")
 _UNITS = ("tests/kernel/systemd",)
+# Under podman, with the image that `make image` has made.
+_IMAGE = ("tests/kernel/container",)
 _REST = (
     "tests/kernel",
-    *(f"--ignore={path}" for path in (*_LONG, *_OURS, *_MANY, *_UNITS)),
+    *(f"--ignore={path}" for path in (*_LONG, *_OURS, *_MANY, *_UNITS, *_IMAGE)),
 )
 Guest = tuple[str, str, tuple[str, ...]]
 # Kernel, init and tests of each guest; the longest come first.
@@ -58,11 +60,12 @@ GUESTS: tuple[Guest, ...] = (
     ("new", "systemd", (*_UNITS, *_MANY)),
     ("lts", "busybox", _MANY),
 )
-# What `make test-full` adds, so that every test was run on both kernels.
+# What `make test-full` adds, so that every test was run on both kernels; and the container image.
 MORE_GUESTS: tuple[Guest, ...] = (
     ("lts", "busybox", _OURS),
     ("lts", "systemd", (*_UNITS, *_MANY)),
     ("new", "busybox", _MANY),
+    ("new", "systemd", _IMAGE),
 )
 
 

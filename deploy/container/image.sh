@@ -8,13 +8,16 @@ set -eu
 
 suite=${SUITE:-trixie}
 cd "$(dirname "$0")/../.."
-for program in buildah mmdebstrap; do
-    command -v "$program" >/dev/null || {
-        echo "image: needs $program; try: apt-get install --yes --no-install-recommends mmdebstrap buildah" >&2
-        exit 1
-    }
-done
 [ "$(id -u)" = 0 ] || { echo "image: run this as root" >&2; exit 1; }
+missing=
+for program in buildah mmdebstrap podman crun; do  # the last two run it, in tests
+    command -v "$program" >/dev/null || missing="$missing $program"
+done
+if [ "$missing" ]; then
+    echo "image: installing$missing" >&2
+    # shellcheck disable=SC2086 - a list of words
+    DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --no-install-recommends $missing >/dev/null
+fi
 
 version=$(sed -n 's/^__version__ = "\(.*\)"/\1/p' ublkwatch/__init__.py)
 # Of the last commit, so that who builds it again gets the same files.
