@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
+import socket
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ublkwatch import __version__, checking, config, doctor, profiles, settings, uapi
+from ublkwatch import __version__, checking, config, doctor, profiles, scrape, settings, uapi
 from ublkwatch.finding import Level
 
 TOP = Path(__file__).parent.parent
@@ -78,6 +80,31 @@ def test_ports_and_probes_are_those_of_the_code(container: Any) -> None:
     (rule,) = load("base/networkpolicy.yaml")["spec"]["ingress"]
     named = [endpoint["port"], rule["ports"][0]["port"], *(p["port"] for p in paths.values())]
     assert set(named) == {port["name"]}
+
+
+def test_the_pods_address_is_one_that_others_reach() -> None:
+    address = config.parse(CONFIG.read_bytes(), "pod").metrics["address"]
+
+    async def answered() -> bytes:
+        async def well() -> scrape.Reply:
+            return scrape.Reply.line(200, "well")
+
+        pages = scrape.Scrapes({"/healthz": well})
+        with socket.create_server(("127.0.0.1", 0)) as free:  # one for all families, as in the pod
+            port = free.getsockname()[1]
+        await pages.start(address, port)
+        try:
+            # Not loopback's own address, but all of 127/8 is reached only by who listens on all.
+            reader, writer = await asyncio.open_connection("127.1.2.3", port)
+            writer.write(b"GET /healthz HTTP/1.0\r\n\r\n")
+            first, *_ = (await asyncio.wait_for(reader.read(), 60)).splitlines()
+            writer.close()
+            await writer.wait_closed()
+            return first
+        finally:
+            pages.close()
+
+    assert b" 200 " in asyncio.run(answered())
 
 
 def test_the_pod_has_what_the_code_expects_where_it_expects_it(pod: Any, container: Any) -> None:
