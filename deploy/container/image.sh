@@ -48,7 +48,7 @@ done
 if [ -z "${BASE:-}" ]; then
     if [ ! -f "$work/$suite.tar" ]; then
         echo "image: making a base of Debian $suite; $work/$suite.tar is kept: remove it for a newer one" >&2
-        mmdebstrap --quiet --variant=essential --include=python3,python3-venv \
+        mmdebstrap --quiet --format=tar --variant=essential --include=python3,python3-venv \
             --dpkgopt='path-exclude=/usr/share/doc/*' \
             --dpkgopt='path-include=/usr/share/doc/*/copyright' \
             --dpkgopt='path-exclude=/usr/share/man/*' \
