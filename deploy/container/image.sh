@@ -2,8 +2,8 @@
 # Makes build/ublkwatch-VERSION.oci.tar, an OCI archive: `make image`, as root.
 #
 # No image is pulled. The base is made of Debian's packages, unless BASE names one that is to be
-# pulled, or is there; the wheels are fetched beforehand, checked by their hashes. The same sources, on
-# the same day of Debian's archive, give the same layers.
+# pulled, or is there; the wheels are fetched beforehand, checked by their hashes. Files carry the
+# times of their packages, or of the last commit, none that of the build.
 set -eu
 
 suite=${SUITE:-trixie}
@@ -58,7 +58,8 @@ if [ -z "${BASE:-}" ]; then
     fi
     container=$(builder from scratch)
     builder add --quiet "$container" "$work/$suite.tar" / >/dev/null
-    builder commit --quiet --timestamp "$SOURCE_DATE_EPOCH" "$container" ublkwatch-base >/dev/null
+    # Its files keep their times: Debian's bytecode is believed by them.
+    builder commit --quiet "$container" ublkwatch-base >/dev/null
     builder rm "$container" >/dev/null
     BASE=localhost/ublkwatch-base
     pull=never
