@@ -2,8 +2,8 @@
 # Makes build/ublkwatch-VERSION.oci.tar, an OCI archive: `make image`, as root.
 #
 # No image is pulled. The base is made of Debian's packages, unless BASE names one that is to be
-# pulled, or is there; the wheels are fetched beforehand, checked by their hashes. Files carry the
-# times of their packages, or of the last commit, none that of the build.
+# pulled, or is there; the wheels are fetched beforehand, checked by their hashes. All files carry
+# the time of the last commit, and none that of the build.
 set -eu
 
 suite=${SUITE:-trixie}
@@ -58,8 +58,7 @@ if [ -z "${BASE:-}" ]; then
     fi
     container=$(builder from scratch)
     builder add --quiet "$container" "$work/$suite.tar" / >/dev/null
-    # Its files keep their times: Debian's bytecode is believed by them.
-    builder commit --quiet "$container" ublkwatch-base >/dev/null
+    builder commit --quiet --timestamp "$SOURCE_DATE_EPOCH" "$container" ublkwatch-base >/dev/null
     builder rm "$container" >/dev/null
     BASE=localhost/ublkwatch-base
     pull=never
