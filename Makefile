@@ -3,17 +3,19 @@ PYTHON := .venv/bin/python
 # The kernels' lab, or this very machine where it has the driver.
 LAB := $(PYTHON) lab/lab.py run $(if $(wildcard /dev/ublk-control),--host,--kernel lts --cpus 2)
 
-.PHONY: help demo test test-full lint bench bench-smoke deb docs dashboard-types docs-pictures setup clean
+.PHONY: help demo test test-full lint bench bench-smoke deb docs dashboard-types docs-pictures image manifests setup clean
 
 help:
 	@echo 'make demo   watch fio run through ten killed servers, on a real kernel'
 	@echo 'make test   lint, types and all tests, on two real kernels'
-	@echo 'make test-full  the same, with what is about ublkwatch alone on both, and the installations'
+	@echo 'make test-full  the same, all of it on both of them, the installations and the container image'
 	@echo 'make lint   format, lint and types only'
 	@echo 'make deb    a package for Debian, in build/deb'
 	@echo 'make docs   manual pages, completions, docs/metrics.md, PrometheusRule, dashboard: all that is made'
 	@echo 'make dashboard-types  the dashboard against the types of the newest Grafana; needs npm'
 	@echo 'make docs-pictures  docs/dashboard.png, drawn anew; needs npm and chromium'
+	@echo 'make image  a container image, an OCI archive in build; as root, with buildah and mmdebstrap'
+	@echo 'make manifests  what is for Kubernetes against the schemas of its versions; needs kubectl and npm'
 	@echo 'make bench  how fast ublkwatch recovers, beside an oracle; what it and a scrape cost'
 
 demo: setup
@@ -22,7 +24,7 @@ demo: setup
 test: setup
 	@$(PYTHON) -m tests
 
-test-full: setup deb
+test-full: setup deb image
 	@$(PYTHON) -m tests full
 
 lint: .venv/.ready
@@ -66,6 +68,16 @@ docs-pictures: setup
 	@cd build/pictures && npm install --silent --no-audit --no-fund --no-package-lock
 	@cd build/pictures && node draw.js ../../deploy/grafana/ublkwatch.json \
 	    "$$(../../$(PYTHON) ../../lab/lab.py prometheus)/prometheus" data ../../docs/dashboard.png
+# No image is pulled: the base is made of Debian's packages, or BASE=IMAGE names another one.
+image: .venv/.ready
+	@sh deploy/container/image.sh
+
+# Needs kubectl, node and npm, and 150 MB of schemas; so no part of the tests.
+manifests:
+	@mkdir -p build && cp -r tests/manifests build
+	@cd build/manifests && python3 -m venv venv && venv/bin/pip install --quiet -r requirements.txt
+	@cd build/manifests && npm install --silent --no-audit --no-fund --no-package-lock
+	@cd build/manifests && venv/bin/python ../../tests/manifests/check.py
 
 # Everything that the above need: Python with its packages, kernels, QEMU, fio, a C compiler.
 setup: .venv/.ready

@@ -45,12 +45,13 @@ _OURS = _kernel(
 _MANY = _kernel("many")
 _UNITS = ("tests/kernel/systemd",)
 _SERVICE = ("tests/kernel/systemd/test_service.py",)
-# What `make deb` and the README's lines for pip come to, the former in a guest.
+# What `make deb`, `make image` and the README's lines for pip come to; the first two in guests.
 _PACKAGE = ("tests/kernel/package",)
+_IMAGE = ("tests/kernel/container",)
 _INSTALL = "tests/test_install.py"
 _REST = (
     "tests/kernel",
-    *(f"--ignore={path}" for path in (*_LONG, *_OURS, *_MANY, *_UNITS, *_PACKAGE)),
+    *(f"--ignore={path}" for path in (*_LONG, *_OURS, *_MANY, *_UNITS, *_PACKAGE, *_IMAGE)),
 )
 Guest = tuple[str, str, tuple[str, ...]]
 # Kernel, init and tests of each guest; the longest come first.
@@ -63,13 +64,14 @@ GUESTS: tuple[Guest, ...] = (
     ("new", "systemd", (*_UNITS, f"--ignore={_SERVICE[0]}", *_MANY)),
     ("lts", "busybox", _MANY),
 )
-# What `make test-full` adds, so that every test was run on both kernels, and the package on one.
+# What `make test-full` adds, so that every test was run on both kernels; the package and the image.
 MORE_GUESTS: tuple[Guest, ...] = (
     ("lts", "busybox", _OURS),
     ("lts", "systemd", (*_UNITS, *_MANY)),
     ("new", "systemd", _SERVICE),
     ("new", "systemd", _PACKAGE),
     ("new", "busybox", _MANY),
+    ("new", "systemd", _IMAGE),
 )
 
 

@@ -27,6 +27,7 @@ from ublkwatch.care import Care, Job, Origin
 from ublkwatch.ctrl import CtrlError
 from ublkwatch.desk import Desk
 from ublkwatch.events import Asked, ServerAils
+from ublkwatch.host import check_programs
 from ublkwatch.library import Library
 from ublkwatch.model import (
     Ailment,
@@ -44,7 +45,6 @@ from ublkwatch.monitor import Monitor
 from ublkwatch.rules import Unmanaged
 from ublkwatch.stopping import Stopper
 from ublkwatch.store import Store
-from ublkwatch.trust import check_executable
 from ublkwatch.uapi import DevFlags, DevState
 from ublkwatch.usage import Usage
 from ublkwatch.verbs import Exit
@@ -95,7 +95,7 @@ class Place(World):
             config.load(self.config),
             self.store,
             lambda _: lambda _info, _origin: None,
-            check_executable,
+            check_programs,
             Generation.G3,
         )
         stopper = Stopper(self, self, self.features, lambda _: self.uses)

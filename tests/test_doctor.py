@@ -51,6 +51,9 @@ def machine(tmp_path: Path) -> Facts:
         (root / name).write_text(content)
     (root / "proc/self/ns").mkdir()
     (root / "proc/self/ns/pid").symlink_to("pid:[4026531836]")
+    (root / "proc/self/ns/mnt").symlink_to("mnt:[4026531841]")
+    (root / "proc/1/ns").mkdir(parents=True)
+    (root / "proc/1/ns/mnt").symlink_to("mnt:[4026531841]")
     (root / "run/systemd/system").mkdir(parents=True)
     text = f'runtime_dir = "{tmp_path}/run"\nstate_dir = "{tmp_path}/state"\n'
     return Facts(
@@ -139,6 +142,25 @@ def write(name: str, text: str) -> Callable[[Facts], Facts]:
     return change
 
 
+def elsewhere(*, shared: bool = True, hidden: bool = False) -> Callable[[Facts], Facts]:
+    """Put us into a container: process 1, systemd, has other mounts and another root."""
+
+    def change(facts: Facts) -> Facts:
+        write("proc/1/ns/mnt", "")(facts).root.joinpath("proc/1/ns/mnt").unlink()
+        (facts.root / "proc/1/ns/mnt").symlink_to("mnt:[4026532841]")
+        if hidden:
+            return write("proc/1/root", "not to be entered")(facts)
+        if shared:
+            (facts.root / "proc/1/root").symlink_to("/")
+        return facts
+
+    return change
+
+
+def test_a_container_that_shares_the_runtime_directory_is_well(machine: Facts) -> None:
+    assert worst(elsewhere()(machine)) == []
+
+
 def with_device(
     state: DevState, flags: DevFlags = REISSUE, **seen: object
 ) -> Callable[[Facts], Facts]:
@@ -200,6 +222,27 @@ BAD, WARN, UNSEEN = Level.BAD, Level.WARN, Level.UNSEEN
             'launcher = "fork"',
         ),
         (lambda facts: replace(facts, systemd="239"), WARN, "launcher", "older than 240", "fork"),
+        (
+            lambda facts: write("proc/1/comm", "systemd\n")(remove("run/systemd/system")(facts)),
+            WARN,
+            "launcher",
+            "not to be seen: servers are children, and die with us",
+            "the host's /run/systemd/system and /run/dbus",
+        ),
+        (
+            elsewhere(shared=False),
+            BAD,
+            "directories",
+            "/run is another one for servers",
+            "mount the host's /",
+        ),
+        (
+            elsewhere(hidden=True),
+            BAD,
+            "directories",
+            "proc/1/root: Not a directory: nobody can judge",
+            "CAP_SYS_PTRACE",
+        ),
         (
             lambda facts: replace(facts, release="6.12.30"),
             WARN,

@@ -258,10 +258,10 @@ class Hanging(Judge):
         self.go = threading.Event()
         super().__init__(self._check)
 
-    def _check(self, path: Path) -> None:
+    def _check(self, path: Path, root: Path) -> None:
         if path.name == "hung":
             self.go.wait(PATIENCE_S)
-        trust.check_executable(path)
+        trust.check_executable(path, root)
 
 
 def test_file_systems_that_hang_keep_no_other_server_from_being_started(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from test_rules import INFO, ORIGIN
 
 from ublkwatch import config
 from ublkwatch.care import Care
+from ublkwatch.host import check_programs
 from ublkwatch.library import Library, known_servers
 from ublkwatch.model import Generation, Reason
 from ublkwatch.rules import Unmanaged
 from ublkwatch.settings import ConfigError
 from ublkwatch.store import Store
-from ublkwatch.trust import check_executable
 
 TABLE = {"dev_id": 3, "command": ["/bin/true", "{dev_id}"], "attempts_max": 2}
 FILE = b"[recovery]\ngrace_s = 4\n[[device]]\ndev_id = 9\ncommand = ['/bin/true']\n"
@@ -35,7 +35,7 @@ def library(store: Store, text: bytes = FILE) -> Library:
         config.parse(text, "t.toml"),
         store,
         lambda _: lambda _info, _origin: None,
-        check_executable,
+        check_programs,
         Generation.G3,
     )
 

@@ -66,11 +66,6 @@ class Care:
     # Who says so: the configuration, a registration, a profile.
     source: str = field(default="", compare=False)
 
-    @property
-    def programs(self) -> tuple[str, ...]:
-        """Return what root would run for it."""
-        return tuple(argv[0] for argv in (self.command, self.hook, self.decider) if argv)
-
 
 @dataclass(frozen=True, slots=True)
 class Job:

@@ -13,13 +13,17 @@ from pathlib import Path
 _LOOK_S = 0.01
 
 
-def root() -> Path | None:
-    """Return where the unified hierarchy is mounted, or None."""
+def root(of: Path = Path("/")) -> Path | None:
+    """Return where the unified hierarchy is mounted, or None.
+
+    ``of`` is /proc/PID/root for that of another process: ours may begin in the midst of it.
+    """
+    mounts = Path("/proc/self/mountinfo") if of == Path("/") else of.parent / "mountinfo"
     with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        for line in mounts.read_text().splitlines():
             before, _, after = line.partition(" - ")
             if after.startswith("cgroup2 "):
-                return Path(before.split()[4])
+                return of / before.split()[4].lstrip("/")
     return None
 
 

@@ -14,6 +14,7 @@ from ublkwatch import config, tables
 from ublkwatch.care import Care, Job
 from ublkwatch.config import Config
 from ublkwatch.finding import Finding, Level
+from ublkwatch.host import OURS, programs, systemd_root
 from ublkwatch.identity import UserError, resolve
 from ublkwatch.settings import ConfigError
 from ublkwatch.store import read_registrations
@@ -38,9 +39,10 @@ def check(path: Path | None) -> list[Finding]:
         return found + [bad(error) for error in errors]
     settings = config.parse(content, name)
     found += _group(settings, name)
+    root = systemd_root(settings.launcher)
     for rule in settings.rules:
-        found += _care(rule.care)
-    found += _registered(settings)
+        found += _care(rule.care, root)
+    found += _registered(settings, root)
     if not found:
         devices = f"{len(settings.rules)} rule{'s' * (len(settings.rules) != 1)} for devices"
         found.append(Finding(Level.OK, name, f"can be used as it is; {devices}"))
@@ -67,17 +69,18 @@ def _group(settings: Config, name: str) -> Iterator[Finding]:
         yield Finding(Level.BAD, name, what, fix, "admin_group")
 
 
-def _care(care: Care) -> Iterator[Finding]:
+def _care(care: Care, root: Path) -> Iterator[Finding]:
     """Say what would keep a server from being started; as the daemon finds it when it looks."""
-    for program in care.programs:
+    for program, where in programs(care, root):
         try:
-            check_executable(Path(program))
+            check_executable(program, where)
         except TrustError as error:
             what, _, fix = str(error).partition("; try: ")
             yield Finding(Level.BAD, care.source, f"is not safe to run as root: {what}", fix)
         except OSError as error:
+            name = program if where == OURS else f"{program}, on the host"
             fix = "install it, or mend the path"
-            yield Finding(Level.WARN, care.source, f"{program}: {error.strerror}", fix)
+            yield Finding(Level.WARN, care.source, f"{name}: {error.strerror}", fix)
     if care.run.user:
         try:
             resolve(Job(care.name, care.command, care.run))
@@ -85,7 +88,7 @@ def _care(care: Care) -> Iterator[Finding]:
             yield Finding(Level.BAD, care.source, str(error), "create the user, or mend the name")
 
 
-def _registered(settings: Config) -> Iterator[Finding]:
+def _registered(settings: Config, root: Path) -> Iterator[Finding]:
     broken: list[Finding] = []
 
     def damaged(path: Path, error: Exception) -> None:
@@ -112,4 +115,4 @@ def _registered(settings: Config) -> Iterator[Finding]:
         if rule.match.dev_id is not None and (first := named.get(rule.match.dev_id)):
             what = f"is never asked: {first} names ublkb{rule.match.dev_id}, and comes first"
             yield Finding(Level.WARN, about, what, f"ublkwatch unregister {name}")
-        yield from _care(rule.care)
+        yield from _care(rule.care, root)

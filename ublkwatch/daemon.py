@@ -38,6 +38,7 @@ from ublkwatch.desk import Desk
 from ublkwatch.driver import UnavailableError, ask_features, open_ring
 from ublkwatch.events import Transition
 from ublkwatch.health import Health
+from ublkwatch.host import check_programs, systemd_root
 from ublkwatch.identity import Judge, UserError
 from ublkwatch.kept import Kept
 from ublkwatch.lanes import Lanes
@@ -55,7 +56,6 @@ from ublkwatch.settings import ConfigError
 from ublkwatch.siting import Siting
 from ublkwatch.stopping import Stopper
 from ublkwatch.store import Store
-from ublkwatch.trust import check_executable
 from ublkwatch.uapi import DevFlags
 from ublkwatch.usage import usage
 
@@ -117,19 +117,20 @@ class Daemon:
         boot_id = server.read_boot_id()
         start = partial(start_worker, lock_memory=self._settings.lock_memory)
         servers = server.Servers(boot_id, self._server_exited, self._look, self._manager)
+        host = systemd_root(self._settings.launcher)
         launcher = Launcher(
             self._settings.runtime_dir,
             self._ready,
             kind=self._settings.launcher,
             judge=self._judge,
             usual_oom_score_adj=self._armour.usual_oom_score_adj,
+            host=host,
         )
         workers = Workers(start, self._metrics, launcher.set_apart)
         self._generation = Generation.of(features)
         settings = self._settings
-        self._library = Library(
-            settings, self._store, known_servers, check_executable, self._generation
-        )
+        check = partial(check_programs, root=host)
+        self._library = Library(settings, self._store, known_servers, check, self._generation)
         edges = Edges(
             ctrl=ctrl,
             workers=workers,

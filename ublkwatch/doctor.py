@@ -16,6 +16,7 @@ from ublkwatch import __version__, kernels
 from ublkwatch.driver import gate
 from ublkwatch.examined import Facts
 from ublkwatch.finding import Finding, Level
+from ublkwatch.host import OURS, systemd_root
 from ublkwatch.model import DevInfo, Generation, RecoveryMode
 from ublkwatch.uapi import DevState
 
@@ -23,7 +24,7 @@ _INIT_PID_NS = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _SYSTEMD_MIN = 240  # Type=exec
 _AS_ROOT = "run this as root"
 _STALE_S = 10.0  # of the status document, at the most
-_CAPABILITIES = {
+CAPABILITIES = {
     "CAP_SYS_ADMIN": (21, Level.BAD, "every control command of ublk"),
     "CAP_SYS_PTRACE": (19, Level.WARN, "seeing who has a device open"),
     "CAP_KILL": (5, Level.WARN, "ending servers of other users"),
@@ -87,9 +88,11 @@ def capabilities(facts: Facts) -> Iterator[Finding]:
     status = _read(facts.root / f"proc/{_daemon(facts)}/status")
     text = re.search(r"^CapEff:\s*(\w+)$", status, re.MULTILINE)
     has = int(text[1], 16) if text else 0
-    missing = [name for name, (bit, _, _) in _CAPABILITIES.items() if not has >> bit & 1]
+    missing = [name for name, (bit, _, _) in CAPABILITIES.items() if not has >> bit & 1]
+    if facts.settings and facts.settings.launcher == "systemd":
+        missing = [name for name in missing if name != "CAP_SETUID"]  # systemd has it
     for name in missing:
-        _, level, what = _CAPABILITIES[name]
+        _, level, what = CAPABILITIES[name]
         yield Finding(level, "capability", f"no {name}: {what} needs it", "give it that, or root")
     if not missing:
         yield _ok("capability", "all that are needed")
@@ -163,6 +166,10 @@ def systemd(facts: Facts) -> Iterator[Finding]:
     if kind == "fork":
         unit = "; use KillMode=process in its unit" if here else ""
         yield _ok("launcher", f'"fork": servers are ublkwatch\'s own children{unit}')
+    elif not here and _read(facts.root / "proc/1/comm").strip() == "systemd":
+        what = "systemd is process 1, and not to be seen: servers are children, and die with us"
+        fix = "give the container the host's /run/systemd/system and /run/dbus"
+        yield Finding(level, "launcher", what, fix)
     elif not here:
         if kind == "systemd":
             yield Finding(
@@ -198,6 +205,26 @@ def directories(facts: Facts) -> Iterator[Finding]:
             yield Finding(Level.WARN, "directories", what, "runtime_dir below /run")
         else:
             yield _ok("directories", f"{path} can be written")
+        if key == "runtime_dir":
+            yield from _shared(facts, path, there)
+
+
+def _shared(facts: Facts, path: Path, there: Path) -> Iterator[Finding]:
+    """Look whether servers that systemd starts find what we have in the runtime directory."""
+    host = systemd_root(facts.settings.launcher if facts.settings else "auto", facts.root)
+    if host == OURS:
+        return
+    try:
+        same = there.samefile(host / there.relative_to("/"))
+    except FileNotFoundError:
+        same = False
+    except OSError as error:
+        what = f"{host}: {error.strerror}: nobody can judge what systemd would run"
+        yield Finding(Level.BAD, "directories", what, "CAP_SYS_PTRACE, and the host's processes")
+        return
+    if not same:
+        what = f"{path} is another one for servers, which systemd starts: none would be READY"
+        yield Finding(Level.BAD, "directories", what, f"mount the host's {path} at the same place")
 
 
 def configuration(facts: Facts) -> Iterator[Finding]:

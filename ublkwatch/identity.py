@@ -72,10 +72,13 @@ class Judge:
 
     def __init__(
         self,
-        check: Callable[[Path], None] = trust.check_executable,
+        check: Callable[[Path, Path], None] = trust.check_executable,
         look_up: Callable[[str], Identity] = looked_up,
     ) -> None:
-        """``check`` raises what is wrong with a program, ``look_up`` asks the name services."""
+        """``check`` raises what is wrong with a program below a root directory.
+
+        ``look_up`` asks the name services.
+        """
         self.check = check
         self._look_up = look_up
         self._users: dict[str, Identity] = {}
@@ -85,11 +88,14 @@ class Judge:
         if user:
             self._users[user] = self._look_up(user)
 
-    def identity(self, job: Job) -> Identity:
-        """Say as whom a job runs, after its program was found to be nobody else's work; OSError."""
+    def identity(self, job: Job, root: Path = Path("/")) -> Identity:
+        """Say as whom a job runs, after its program was found to be nobody else's work; OSError.
+
+        ``root`` is the root directory of who will start it.
+        """
         if not job.command[0].startswith("/"):
             raise UserError(f"{job.command[0]!r}: must be an absolute path")
-        self.check(Path(job.command[0]))
+        self.check(Path(job.command[0]), root)
         return resolve(job, self._known)
 
     def _known(self, user: str) -> Identity:

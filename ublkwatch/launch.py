@@ -22,6 +22,7 @@ from ublkwatch import cgroup, outside
 from ublkwatch.care import Job
 from ublkwatch.fork import ForkStarter, how
 from ublkwatch.homes import Homes
+from ublkwatch.host import OURS
 from ublkwatch.identity import Judge
 from ublkwatch.model import TAG_VARIABLE
 from ublkwatch.together import Together
@@ -49,6 +50,7 @@ class Launcher:
         answer_s: float = _SHUTDOWN_ANSWER_S,
         judge: Judge | None = None,
         usual_oom_score_adj: int | None = None,
+        host: Path = OURS,
     ) -> None:
         """``ready`` is told, from the loop, the tag of an attempt whose server said READY=1.
 
@@ -58,6 +60,7 @@ class Launcher:
         is the time that systemctl has to say whether the host shuts down. ``judge`` says which
         programs are run, and as whom.
         ``usual_oom_score_adj`` is for servers whose own is not given; None: they have ours.
+        ``host`` is where systemd's root is seen from here (host.systemd_root).
         """
         self._systemd = systemd
         self._shutdown = Together(self._ask_systemd)
@@ -65,7 +68,8 @@ class Launcher:
         self._answer_s = answer_s
         self._homes = Homes(runtime_dir, ready)
         self._fork = ForkStarter(groups or cgroup.own(), usual_oom_score_adj)
-        self._units = UnitStarter({tag: self._homes.path(tag) for tag in self._homes.all()})
+        self._units = UnitStarter({tag: self._homes.path(tag) for tag in self._homes.all()}, host)
+        self._host = host
         self._fallen_back = False
         self._judge = judge or Judge()
 
@@ -83,9 +87,10 @@ class Launcher:
         """
         if job.run.unit:
             return await self._start_named(tag, job)
-        # In a thread: the program's file system, or a name service, may be slow or hang.
-        identity = await asyncio.to_thread(self._judge.identity, job)
         units = await self._choose()
+        # In a thread: the program's file system, or a name service, may be slow or hang.
+        root = self._host if units else OURS
+        identity = await asyncio.to_thread(self._judge.identity, job, root)
         home = self._homes.make(tag, identity.uid)
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         environment |= dict(job.run.env)
@@ -209,7 +214,7 @@ class Launcher:
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         try:
             async with asyncio.timeout(timeout_s):
-                await asyncio.to_thread(self._judge.check, Path(command[0]))
+                await asyncio.to_thread(self._judge.check, Path(command[0]), OURS)
                 status, _ = await outside.run(command, environment=environment | about)
         except TimeoutError:
             return f"killed after {timeout_s:g} s", None
@@ -226,6 +231,9 @@ class Launcher:
         try:
             async with asyncio.timeout(self._answer_s):
                 await asyncio.to_thread(os.stat, self._systemd)
+                if self._kind != "fork":
+                    with contextlib.suppress(OSError):  # a container has no systemctl
+                        return await self._units.state() == "stopping"
                 _, output = await outside.run(command, output=True)
         except OSError:  # TimeoutError, too
             return False

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from ublkwatch import profiles, prospect, tables
 from ublkwatch.care import Care, Origin
 from ublkwatch.config import Config
+from ublkwatch.host import OURS, systemd_root
 from ublkwatch.model import DevInfo, Generation, Reason
 from ublkwatch.rules import Book, Match, Profiles, Rule, Unmanaged, ordered
 from ublkwatch.settings import ConfigError
@@ -48,13 +50,13 @@ class Library:
         settings: Config,
         store: Store,
         known: Callable[[Config], Profiles],
-        check: Callable[[Path], None],
+        check: Callable[[Care], None],
         generation: Generation = Generation.UNKNOWN,
     ) -> None:
         """Begin with what was registered in a former life.
 
         ``known`` is what profiles make of a device, ``check`` raises OSError about what root must
-        not run.
+        not run (host.check_programs).
         """
         self._store = store
         self._known = known
@@ -71,7 +73,7 @@ class Library:
         if isinstance(found, Unmanaged):
             return found
         try:  # said now, and not when the server is lost; what is missing may come yet
-            self._judge(found)
+            self._check(found)
         except TrustError as error:
             return Unmanaged(Reason.UNTRUSTED, str(error))
         except OSError as error:
@@ -130,7 +132,7 @@ class Library:
             raise ConfigError(
                 f"ublkb{rule.match.dev_id} is registered as {before[0]} already; unregister that"
             )
-        self._judge(rule.care)
+        self._check(rule.care)
         return rule
 
     def register(self, name: str, table: Mapping[str, Any]) -> Rule:
@@ -157,10 +159,6 @@ class Library:
         """Return the registrations that name this device."""
         return [name for name, table in self._tables.items() if table.get("dev_id") == dev_id]
 
-    def _judge(self, care: Care) -> None:
-        for program in care.programs:
-            self._check(Path(program))
-
     def _install(self, settings: Config) -> None:
         self._book = self._bind(settings, self._tables)
         self.settings = settings
@@ -177,12 +175,12 @@ class Library:
 
 def declared_threads(info: DevInfo) -> tuple[int, ...]:
     """Return the threads that a device's server declares to serve its queues; it reads files."""
-    return profiles.queue_threads(info, profiles.Host(check_executable, open_trusted))
+    return profiles.queue_threads(info, _host(OURS))
 
 
 def known_servers(settings: Config) -> Profiles:
     """Return what profiles make of a device that no rule names; it reads files."""
-    host = profiles.Host(check_executable, open_trusted)
+    host = _host(systemd_root(settings.launcher))
     warned: set[str] = set()
 
     def judge(info: DevInfo, origin: Origin) -> Care | Unmanaged | None:
@@ -204,6 +202,11 @@ def known_servers(settings: Config) -> Profiles:
             return Unmanaged(Reason.NO_SPEC, str(error))
 
     return judge
+
+
+def _host(root: Path) -> profiles.Host:
+    """Judge programs below ``root``; run files are ours to read, in a container as well."""
+    return profiles.Host(partial(check_executable, root=root), open_trusted)
 
 
 def _by_match(rules: Iterable[Rule]) -> dict[Match, Care]:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ublkwatch import tables
 from ublkwatch.config import Config
+from ublkwatch.host import check_programs, systemd_root
 from ublkwatch.library import Library
 from ublkwatch.settings import CARE, MATCHES, OPTIONS, RECOVERY, ConfigError
 from ublkwatch.store import Store, read_registrations
-from ublkwatch.trust import check_executable
 from ublkwatch.wire import Answer, Change, RequestError, parse
 
 
@@ -115,7 +116,8 @@ def offline(settings: Config, change: Change) -> Answer:
 
 
 def _library(settings: Config, store: Store | _Glimpse) -> Library:
-    return Library(settings, store, lambda _: lambda _info, _origin: None, check_executable)
+    check = partial(check_programs, root=systemd_root(settings.launcher))
+    return Library(settings, store, lambda _: lambda _info, _origin: None, check)
 
 
 def _apply(library: Library, change: Change) -> Answer:

@@ -38,14 +38,16 @@ def open_trusted(path: Path) -> int:
     return _open(str(path))[0]
 
 
-def check_executable(path: Path) -> None:
+def check_executable(path: Path, root: Path = Path("/")) -> None:
     """Refuse a program that others could have written, or that cannot be executed.
 
-    The interpreter that a script names is a program, too. Errors as with open_trusted().
+    The interpreter that a script names is a program, too. ``root`` is the root directory of who
+    will run it, such as /proc/PID/root: what it is called there, and where absolute links lead.
+    Errors as with open_trusted().
     """
     name = str(path)
     for _ in range(_INTERPRETERS_MAX):
-        descriptor, real = _open(name)
+        descriptor, real = _open(name, root)
         try:
             if not os.fstat(descriptor).st_mode & 0o111:
                 raise TrustError(real, "is not executable", f"chmod +x {real}")
@@ -61,11 +63,11 @@ def check_executable(path: Path) -> None:
     raise TrustError(str(path), "its interpreter is a script of a script")
 
 
-def _open(path: str) -> tuple[int, str]:
+def _open(path: str, root: Path = Path("/")) -> tuple[int, str]:
     """Walk to the file; return its descriptor and its name without symbolic links."""
     if not path.startswith("/"):
         path = f"{Path.cwd()}/{path}"
-    at, where = os.open("/", _WALK | os.O_DIRECTORY), ""
+    at, where = _top(root), ""
     try:
         _judge(os.fstat(at), "/")
         parts = _parts(path)
@@ -85,7 +87,7 @@ def _open(path: str) -> tuple[int, str]:
                     parts += _parts(target)
                     if target.startswith("/"):
                         os.close(at)
-                        at, where = os.open("/", _WALK | os.O_DIRECTORY), ""
+                        at, where = _top(root), ""
                 elif stat.S_ISDIR(status.st_mode):
                     at, found, where = found, at, name
                 elif parts:
@@ -100,6 +102,10 @@ def _open(path: str) -> tuple[int, str]:
         raise _error(errno.ENOENT, path) from None
     finally:
         os.close(at)
+
+
+def _top(root: Path) -> int:
+    return os.open(f"{root}/.", _WALK | os.O_DIRECTORY)  # /proc/PID/root itself is a link
 
 
 def _error(number: int, path: str) -> OSError:

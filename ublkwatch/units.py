@@ -23,6 +23,7 @@ from ublkwatch.bus import Bus, BusError
 from ublkwatch.care import Job, Run
 from ublkwatch.fork import how
 from ublkwatch.homes import last_lines
+from ublkwatch.host import OURS
 from ublkwatch.identity import Identity
 
 _log = logging.getLogger("ublkwatch")
@@ -49,8 +50,12 @@ _STEPS = {200: "CHDIR", 202: "FDS", 203: "EXEC", 205: "LIMITS", 206: "OOM_ADJUST
 class UnitStarter:
     """Servers as units of systemd."""
 
-    def __init__(self, homes: Mapping[str, Path]) -> None:
-        """``homes`` of our former life say which processes systemd started then."""
+    def __init__(self, homes: Mapping[str, Path], host: Path = OURS) -> None:
+        """``homes`` of our former life say which processes systemd started then.
+
+        ``host`` is where systemd's root is seen from here.
+        """
+        self._host = host
         self._bus = Bus(self._signalled)
         self._jobs: dict[str, asyncio.Future[str]] = {}
         self._pids: dict[int, Path] = {}
@@ -69,6 +74,11 @@ class UnitStarter:
         """Ask systemd which one it is; OSError if it does not answer."""
         await self.connect()
         return str((await self._bus.properties(_MANAGER, _MANAGER.interface))["Version"])
+
+    async def state(self) -> str:
+        """Ask systemd for the state of the host: "running", "stopping"...; OSError."""
+        await self.connect()
+        return str((await self._bus.properties(_MANAGER, _MANAGER.interface))["SystemState"])
 
     async def start(
         self, tag: str, home: Path, job: Job, identity: Identity, environment: dict[str, str]
@@ -90,7 +100,7 @@ class UnitStarter:
             name += ".service"
         _remember(home, name, 0, named=True)
         unit = await self._unit(name)
-        group = _group(unit)
+        group = self._group(unit)
         if group is not None and cgroup.populated(group):
             raise OSError(f"unit {name}: has processes still: {sorted(cgroup.pids(group))}")
         with contextlib.suppress(BusError):
@@ -151,7 +161,7 @@ class UnitStarter:
         if (remembered := _remembered(home)) is None:
             return None
         await self.connect()
-        return _group(await self._unit(remembered[0]))
+        return self._group(await self._unit(remembered[0]))
 
     async def put_away(self, home: Path) -> None:
         """Let systemd forget the unit of an attempt that is over; a named one is not ours."""
@@ -199,7 +209,7 @@ class UnitStarter:
     async def _clear(self, name: str) -> None:
         """Have systemd forget a unit whose processes have all ended; with others it is let be."""
         unit = await self._unit(name)
-        group = _group(unit)
+        group = self._group(unit)
         if group is not None and cgroup.populated(group):
             return
         calls: list[tuple[str, str, tuple[str, ...]]] = [("UnrefUnit", "s", (name,))]
@@ -221,8 +231,8 @@ class UnitStarter:
             step = f", at step {_STEPS[status]}" if status in _STEPS else ""
             words = await self._words(name)
             raise OSError(f"unit {name}: {service['Result']}{step}{f': {words}' if words else ''}")
-        if service["ControlGroup"] and (top := cgroup.root()) is not None:
-            (home / "cgroup").write_text(f"{top}{service['ControlGroup']}")
+        if (group := self._group(service)) is not None:
+            (home / "cgroup").write_text(str(group))
         _remember(home, name, pid, named=named)
         self._pids = {old: where for old, where in self._pids.items() if where.exists()}
         self._pids[pid] = home
@@ -263,6 +273,10 @@ class UnitStarter:
         unit = await self._bus.properties(_address(name), f"{_NAME}.Unit")
         service = await self._bus.properties(_address(name), f"{_NAME}.Service")
         return {**unit, "ControlGroup": service.get("ControlGroup", "")}
+
+    def _group(self, unit: Mapping[str, Any]) -> Path | None:
+        top = cgroup.root(self._host)
+        return Path(f"{top}{unit['ControlGroup']}") if unit["ControlGroup"] and top else None
 
     async def _words(self, name: str) -> str:
         """Return the last lines that a unit's processes printed in this life of it."""
@@ -348,11 +362,6 @@ def _limits(run: Run) -> dict[str, tuple[str, Any]]:
 
 def _number(value: str) -> int:
     return _INFINITY if value in ("infinity", "unlimited") else int(value)
-
-
-def _group(unit: Mapping[str, Any]) -> Path | None:
-    top = cgroup.root()
-    return Path(f"{top}{unit['ControlGroup']}") if unit["ControlGroup"] and top else None
 
 
 def _ending(code: int, status: int) -> tuple[str, int | None]:
