@@ -87,7 +87,7 @@ def test_the_debs_version_is_the_programs() -> None:
 def test_the_debs_libraries_are_the_wheels() -> None:
     """dh_python3 makes the Depends of the wheel's; the build has them to try the program."""
     control = (DEBIAN / "control").read_text()
-    needed = re.findall(r"python3-([a-z-]+) \(>= ([0-9.]+)\)", control)
+    needed = re.findall(r"python3-([a-z0-9-]+) \(>= ([0-9.]+)\)", control)
     assert sorted(f"{name}>={floor}" for name, floor in needed) == REQUIRED
     assert "${python3:Depends}" in control
     python = PROJECT["project"]["requires-python"].removeprefix(">=")
