@@ -149,8 +149,15 @@ def die_with(parent: int) -> None:
 class Guest:
     """One QEMU, from its start to its end, and the streams that it carries."""
 
-    def __init__(self, boot_seconds: float, run_seconds: float, console: int | None) -> None:
+    def __init__(
+        self,
+        boot_seconds: float,
+        run_seconds: float,
+        console: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Prepare a guest; `console` is a descriptor that gets a copy of the kernel's console."""
+        self.clock = clock
         self.outcome = Outcome()
         self.boot_seconds = boot_seconds
         self.run_seconds = run_seconds
@@ -202,14 +209,14 @@ class Guest:
 
     def relay(self, streams: Mapping[Channel, socket.socket]) -> None:
         """Pass on what the guest says until it is done, gone or late."""
-        self.deadline = time.monotonic() + self.boot_seconds
+        self.deadline = self.clock() + self.boot_seconds
         self.answer = streams[Channel.CONTROL].send
         with selectors.DefaultSelector() as selector:
             for channel, stream in streams.items():
                 selector.register(stream, selectors.EVENT_READ, channel)
             while selector.get_map() and not self.finished:
-                ready = selector.select(max(0.0, self.deadline - time.monotonic()))
-                if not ready and time.monotonic() >= self.deadline:
+                ready = selector.select(max(0.0, self.deadline - self.clock()))
+                if not ready and self.clock() >= self.deadline:
                     self.outcome.late = True
                     return
                 # Control comes last: "done" must not overtake the output that went before it.
@@ -246,24 +253,24 @@ class Guest:
         else:
             write_all(int(channel), data)  # the channel's number is the descriptor's
             if self.outcome.stage is Stage.ENDING:
-                self.deadline = time.monotonic() + DRAIN_SECONDS
+                self.deadline = self.clock() + DRAIN_SECONDS
 
     def obey(self, line: str) -> None:
         """Follow the guest's progress."""
         word, _, rest = line.partition(" ")
         if word == "tick":
-            self.ticked = float(rest) - HASTE_MAX * time.monotonic()
-        elif word == "tock" and float(rest) - HASTE_MAX * time.monotonic() > self.ticked:
+            self.ticked = float(rest) - HASTE_MAX * self.clock()
+        elif word == "tock" and float(rest) - HASTE_MAX * self.clock() > self.ticked:
             self.outcome.hasty = self.finished = True
         elif word == "tock":
             self.answer(b"go\n")
         elif word == "started":
             self.outcome.stage = Stage.RUNNING
-            self.deadline = time.monotonic() + self.run_seconds
+            self.deadline = self.clock() + self.run_seconds
         elif word == "exit":
             self.outcome.stage = Stage.ENDING
             self.outcome.status = int(rest)
-            self.deadline = time.monotonic() + DRAIN_SECONDS
+            self.deadline = self.clock() + DRAIN_SECONDS
         elif word == "done":
             self.finished = True
 

@@ -122,6 +122,14 @@ def test_a_device_that_is_gone_leaves_no_series(name: str, labels: dict[str, str
     assert scraped.value(f"{name}_total", device="ublkb1", **labels) == 0
 
 
+def test_a_device_that_was_only_observed_may_go() -> None:
+    observed = replace(SEEN, phase=Phase.OBSERVED)
+    scraped = Scraped(observed)
+    assert scraped.total("recovery_attempt_failures") is None
+    scraped.move(observed, replace(observed, phase=Phase.GONE))
+    assert b'"ublkb0"' not in scraped.metrics.text()
+
+
 @pytest.mark.parametrize("source", ["pidfd", "poll", "startup"])
 def test_a_lost_server_counts_once_by_what_showed_it(source: str) -> None:
     scraped = Scraped(WATCHED)

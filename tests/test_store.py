@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -124,9 +126,26 @@ def test_a_group_may_read_the_records_that_are_and_those_to_come(
     seen = {path.name: path.stat() for path in (records, *records.iterdir())}
     assert {each.st_gid for each in seen.values()} == {group}
     modes = {name: stat.S_IMODE(each.st_mode) for name, each in seen.items()}
-    assert modes == {"records": 0o2750, "3.json": 0o640, "4.json": 0o640}
+    # No S_ISGID: the unit's RestrictSUIDSGID= forbids it.
+    assert modes == {"records": 0o750, "3.json": 0o640, "4.json": 0o640}
     store.show_records_to(None)
-    assert (records.stat().st_gid, stat.S_IMODE(records.stat().st_mode)) == (os.getegid(), 0o700)
+    assert stat.S_IMODE(records.stat().st_mode) == 0o700
+
+
+def test_who_may_not_give_the_records_to_a_group_is_told_the_way_out(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys\nfrom ublkwatch.store import Store, StoreError\n"
+        f"home = pathlib.Path({str(tmp_path)!r})\nstore = Store(home / 'run', home / 'state')\n"
+        "try:\n    store.show_records_to(4711)\nexcept StoreError as error:\n    print(error)"
+    )
+    done = subprocess.run(
+        ["setpriv", "--bounding-set", "-chown", sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(f"{tmp_path}/run/records: Operation not permitted: ")
+    assert "without that key" in done.stdout
 
 
 def test_the_sample_record_has_no_field_at_its_default() -> None:

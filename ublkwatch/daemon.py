@@ -93,7 +93,8 @@ class Daemon:
         self._armour = Armour()
         self._judge = Judge()
         self._siting = Siting()
-        self._reloads: set[asyncio.Task[wire.Answer]] = set()
+        self._reloads: set[asyncio.Task[None]] = set()
+        self._health = Health(lambda: self._monitor.polls, settings.poll_interval_s, time.monotonic)
 
     async def run(self, stop: asyncio.Event, *, verbose: bool) -> None:
         """Watch until ``stop``; UnavailableError where that is impossible here."""
@@ -158,7 +159,6 @@ class Daemon:
             self._store.load_records(),
             self._store.load_specs(),
         )
-        self._health = Health(lambda: self._monitor.polls, settings.poll_interval_s, time.monotonic)
         probes = Probes(self._metrics, self._health)
         self._metrics.sources = Sources(
             records=self._monitor.records,
@@ -224,12 +224,18 @@ class Daemon:
         _log.info("stopped; the servers live on")
 
     def reload(self) -> None:
-        """Read the configuration anew, as SIGHUP asks for."""
-        self._manager.reloading()
-        task = asyncio.get_running_loop().create_task(self._desk.reload())
-        task.add_done_callback(lambda _: self._manager.ready())
+        """Read the configuration anew, as SIGHUP asks for; who is starting still does it then."""
+        task = asyncio.get_running_loop().create_task(self._reload())
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)
+
+    async def _reload(self) -> None:
+        await self._health.seen_all.wait()  # until then the manager waits for our first READY
+        self._manager.reloading()
+        try:
+            await self._desk.reload()
+        finally:
+            self._manager.ready()
 
     async def _find_care(self, info: DevInfo, origin: Origin | None) -> Care | Unmanaged:
         # In a thread: profiles and rules look at files, whose file system may hang.

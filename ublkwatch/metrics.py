@@ -142,6 +142,8 @@ class Metrics(Meter):
             self._remove(after.dev_id)
 
     def _remove(self, dev_id: int) -> None:
+        if dev_id not in self._devices:
+            return  # only observed; older libraries raise KeyError for a series that is not there
         self._devices.discard(dev_id)
         for name in self._of_devices:
             for values in _children(name, dev_id):

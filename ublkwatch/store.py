@@ -57,6 +57,7 @@ class Store:
         self._specs = state_dir / "specs"
         self._registered = state_dir / "registered"
         self._runtime_dir = runtime_dir
+        self._readers: int | None = None  # the group that may read the records
         for directory, mode in (
             (runtime_dir, 0o755),
             (self._records, 0o700),
@@ -89,16 +90,25 @@ class Store:
         os.close(self._lock)
 
     def show_records_to(self, group: int | None) -> None:
-        """Let a group read the records, beside root; None: root alone. OSError."""
-        for path in (self._records, *self._records.glob("*.json")):
-            os.chown(path, -1, os.getegid() if group is None else group)
-        # Whatever is written there from now on is the group's, too.
-        self._records.chmod(0o700 if group is None else 0o2750)
+        """Let a group read the records, beside root; None: root alone. StoreError."""
+        self._readers = group
+        try:
+            if group is not None:
+                # Not by a directory that passes its group on: a sandbox may forbid its S_ISGID.
+                for path in (self._records, *self._records.glob("*.json")):
+                    os.chown(path, -1, group)
+            self._records.chmod(0o700 if group is None else 0o750)
+        except OSError as error:
+            raise StoreError(
+                f"{self._records}: {error.strerror}: it cannot be given to admin_group; that takes "
+                "CAP_CHOWN, or a configuration without that key"
+            ) from error
 
     def save_record(self, record: Record) -> None:
         """Commit what the machine knows; OSError when it could not be written."""
         content = {"version": _VERSION} | _encode(record)
-        replace_file(self._records / f"{record.dev_id}.json", json.dumps(content), mode=0o640)
+        path = self._records / f"{record.dev_id}.json"
+        replace_file(path, json.dumps(content), mode=0o640, group=self._readers)
 
     def drop_record(self, dev_id: int) -> None:
         """Forget a device that is gone."""
@@ -257,10 +267,12 @@ def read_history(state_dir: Path) -> list[dict[str, Any]]:
         raise StoreError(f"{path} cannot be read: {error}") from error
 
 
-def replace_file(path: Path, content: str, mode: int = 0o600) -> None:
+def replace_file(path: Path, content: str, mode: int = 0o600, group: int | None = None) -> None:
     """Write the file so that a reader sees the old content or the new, whole."""
     draft = path.with_name(f".{path.name}.new")
     with open(draft, "w", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        if group is not None:
+            os.fchown(file.fileno(), -1, group)
         os.fchmod(file.fileno(), mode)
         file.write(content)
         file.flush()

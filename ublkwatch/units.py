@@ -281,18 +281,21 @@ class UnitStarter:
     async def _words(self, name: str) -> str:
         """Return the last lines that a unit's processes printed in this life of it."""
         unit = await self._bus.properties(_address(name), f"{_NAME}.Unit")
-        invocation = bytes(unit["InvocationID"]).hex()
+        # Not by InvocationID: journald looks it up when it reads a line, and if the process has
+        # ended by then it finds none.
+        began_s = int(unit["InactiveExitTimestamp"]) / 1e6
+        match = (f"_SYSTEMD_UNIT={name}", f"--since=@{began_s:.6f}")
         for pause_s in (0.05, 0.2):  # the journal may be a moment behind
             async with self._reading:
-                output = await _journal(f"_SYSTEMD_INVOCATION_ID={invocation}")
+                output = await _journal(*match)
             if words := last_lines(output):
                 return words
             await asyncio.sleep(pause_s)
         return ""
 
 
-async def _journal(match: str) -> bytes:
-    command = ("journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=5", match)
+async def _journal(*match: str) -> bytes:
+    command = ("journalctl", "--quiet", "--no-pager", "--output=cat", "--lines=5", *match)
     with contextlib.suppress(OSError):  # words are worth no wait, and no failure: TimeoutError, too
         async with asyncio.timeout(_JOURNAL_S):
             return (await outside.run(command, output=True))[1]

@@ -52,7 +52,7 @@ def tables(server: Servers) -> str:
 
 def back_off(supervisor: Supervisor, server: Servers, control: Control) -> None:
     """Have a device wait for its next attempt; for how long is drawn, and often enough is long."""
-    while True:
+    for _ in range(20):
         creator = server(BACKING_OFF)
         supervisor.watching(BACKING_OFF)
         creator.proc.kill()
@@ -62,6 +62,7 @@ def back_off(supervisor: Supervisor, server: Servers, control: Control) -> None:
         creator.kill()
         control.remove(BACKING_OFF)
         supervisor.until_gone(BACKING_OFF)
+    pytest.fail("no wait of twenty was long enough to look at")
 
 
 @pytest.mark.timeout(600)

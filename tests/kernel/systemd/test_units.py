@@ -212,6 +212,26 @@ def test_systemd_says_how_a_process_ended_and_the_journal_its_last_words(
     at_home(place, work)
 
 
+def test_words_are_found_that_the_journal_read_after_their_end(place: Path) -> None:
+    async def work(home: Home) -> None:
+        journald = int(show("systemd-journald", "MainPID"))
+        os.kill(journald, signal.SIGSTOP)
+        try:
+            pid = await home.start("input(); print('the last', flush=True); raise SystemExit(1)")
+            home.launcher.write_line("1-1-1", "")
+            unit = unit_name("test")
+            await until(lambda: show(unit, "ActiveState") == "failed", "systemd saw it")
+        finally:
+            os.kill(journald, signal.SIGCONT)
+        deadline = time.monotonic() + DEADLINE_S
+        said = await home.launcher.autopsy("1-1-1", pid)
+        while not said[2] and time.monotonic() < deadline:
+            said = await home.launcher.autopsy("1-1-1", pid)
+        assert said == ("exit status 1", 1, "the last")
+
+    at_home(place, work)
+
+
 def test_of_a_process_that_lives_or_is_not_the_first_nothing_is_guessed(place: Path) -> None:
     async def work(home: Home) -> None:
         pid = await home.start(SLEEP)
