@@ -27,7 +27,7 @@ LINTS = {
     "mypy tests/kernel": ["-m", "mypy", "tests/kernel"],
 }
 KERNEL_TESTS_S = 3600
-OPTIONS = ("-q", "--durations=5", "--durations-min=30")
+OPTIONS = ("-q", "--tb=short", "--durations=5", "--durations-min=30")
 
 
 def _kernel(*names: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import mmap
 import os
@@ -158,8 +159,17 @@ def flags(stat: str) -> int:
     return int(stat.rpartition(")")[2].split()[6])
 
 
-def tasks(pid: int) -> list[int]:
-    return [flags((task / "stat").read_text()) for task in Path(f"/proc/{pid}/task").iterdir()]
+def tasks(pid: int, name: str) -> list[str]:
+    """Return a file of each of its threads, but of those that end meanwhile: theirs are short."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.append((task / name).read_text())
+    return found
+
+
+def flags_of(pid: int) -> set[int]:
+    return {flags(stat) & IO_FLUSHER for stat in tasks(pid, "stat")}
 
 
 def not_whole(pid: int) -> list[str]:
@@ -193,10 +203,7 @@ class Trace:
         wait_until(lambda: all(self._traced(pid) for pid in pids), DEADLINE_S, "strace is attached")
 
     def _traced(self, pid: int) -> bool:
-        return all(
-            f"TracerPid:\t{self._proc.pid}" in (task / "status").read_text()
-            for task in Path(f"/proc/{pid}/task").iterdir()
-        )
+        return all(f"TracerPid:\t{self._proc.pid}" in each for each in tasks(pid, "status"))
 
     def lines(self) -> list[str]:
         """Stop, and return what they did, and none of what the programs did that they started."""
@@ -231,10 +238,10 @@ def armoured_it_touches_nothing_of_the_dead_device_and_reads_nothing_else(
 
     lines = trace.lines()
     assert flags((supervisor.home / "told").read_text()) & IO_FLUSHER == 0, "a hook has none of it"
-    assert {each & IO_FLUSHER for each in tasks(after["server_pid"])} == {IO_FLUSHER}
+    assert flags_of(after["server_pid"]) == {IO_FLUSHER}
     assert Path(f"/proc/{after['server_pid']}/oom_score_adj").read_text() == "-900\n"
     for pid in (ours, worker):
-        assert {each & IO_FLUSHER for each in tasks(pid)} == {IO_FLUSHER}
+        assert flags_of(pid) == {IO_FLUSHER}
 
     opened = [found for line in lines for found in re.findall(r'open(?:at)?\([^"]*"([^"]*)"', line)]
     assert "/dev/ublk-control" in opened, "strace saw them"
