@@ -105,7 +105,9 @@ def _open(path: str, root: Path = Path("/")) -> tuple[int, str]:
 
 
 def _top(root: Path) -> int:
-    return os.open(f"{root}/.", _WALK | os.O_DIRECTORY)  # /proc/PID/root itself is a link
+    return os.open(
+        f"{str(root).rstrip('/')}/.", _WALK | os.O_DIRECTORY
+    )  # /proc/PID/root itself is a link
 
 
 def _error(number: int, path: str) -> OSError:
