@@ -215,11 +215,11 @@ def test_a_held_device_waits_and_a_released_one_is_recovered(
 def test_a_hold_for_a_time_ends_by_itself(place: Place) -> None:
     async def story() -> None:
         began = time.monotonic()
-        assert await place.run("hold", "0", "--for", "0.3s") == Exit.OK
+        assert await place.run("hold", "0", "--for", "3s") == Exit.OK
         place.crash()
         await phase(place, Phase.HELD)
         record = await phase(place, Phase.WATCHING)
-        assert time.monotonic() - began >= 0.3
+        assert time.monotonic() - began >= 3
         assert (record.recoveries, record.held) == (1, False)
 
     play(place, story)
@@ -479,7 +479,7 @@ def test_a_registered_command_is_the_one_that_is_started(place: Place) -> None:
     place.unmanaged = True
 
     async def story() -> None:
-        assert place.show()["reason"] == "NO_SPEC"
+        await until(lambda: place.show()["reason"] == "NO_SPEC", "nobody cares for it")
         assert await place.run("register", "0", "--", "/bin/true", "{queues}") == Exit.OK
         await phase(place, Phase.WATCHING)
         place.crash()

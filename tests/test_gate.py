@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from ublkwatch import gate
 
@@ -50,7 +51,7 @@ class Waiting:
 
     def ended(self) -> tuple[int, str]:
         os.close(self.opener)
-        _, words = self.process.communicate(timeout=60)
+        _, words = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode, words.decode()
 
 

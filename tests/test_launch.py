@@ -234,19 +234,19 @@ def test_after_a_restart_a_line_is_called_unread_only_where_that_is_certain(tmp_
 
 
 @pytest.mark.parametrize(
-    ("script", "expected"),
+    ("script", "within_s", "expected"),
     [
-        ('[ "$UBLKWATCH_DEVICE" = ublkb7 ] && exit 20', ("exit status 20", 20)),
-        ("kill -9 $$", ("SIGKILL", None)),
-        ("sleep 600", ("killed after 0.5 s", None)),
+        ('[ "$UBLKWATCH_DEVICE" = ublkb7 ] && exit 20', PATIENCE_S, ("exit status 20", 20)),
+        ("kill -9 $$", PATIENCE_S, ("SIGKILL", None)),
+        ("sleep 600", 0.5, ("killed after 0.5 s", None)),
     ],
 )
 def test_the_operators_command_decides_within_its_time(
-    tmp_path: Path, script: str, expected: tuple[str, int | None]
+    tmp_path: Path, script: str, within_s: float, expected: tuple[str, int | None]
 ) -> None:
     async def work(home: Home) -> None:
         about = {"UBLKWATCH_DEVICE": "ublkb7"}
-        assert await home.launcher.decide(("/bin/sh", "-c", script), about, 0.5) == expected
+        assert await home.launcher.decide(("/bin/sh", "-c", script), about, within_s) == expected
 
     at_home(tmp_path, work)
 
@@ -316,7 +316,7 @@ def test_an_operators_command_that_exec_refuses_says_why(tmp_path: Path) -> None
 
 def test_an_operators_command_that_is_missing_decides_nothing(tmp_path: Path) -> None:
     async def work(home: Home) -> None:
-        how, code = await home.launcher.decide((str(tmp_path / "missing"),), {}, 1)
+        how, code = await home.launcher.decide((str(tmp_path / "missing"),), {}, PATIENCE_S)
         assert code is None
         assert "No such file" in how
 
@@ -336,7 +336,8 @@ def test_whether_the_host_shuts_down_is_asked_of_systemd_where_it_runs(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
     async def ask() -> bool:
-        return await Launcher(tmp_path, lambda _: None, tmp_path / init).shutting_down()
+        launcher = Launcher(tmp_path, lambda _: None, tmp_path / init, answer_s=PATIENCE_S)
+        return await launcher.shutting_down()
 
     assert str(asyncio.run(ask())) == expected
 
@@ -387,7 +388,7 @@ def test_whoever_is_lost_together_asks_together(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
     async def ask() -> list[bool]:
-        launcher = Launcher(tmp_path, lambda _: None, tmp_path)
+        launcher = Launcher(tmp_path, lambda _: None, tmp_path, answer_s=PATIENCE_S)
         return await asyncio.gather(*(launcher.shutting_down() for _ in range(100)))
 
     assert asyncio.run(ask()) == [True] * 100

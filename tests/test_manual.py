@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from manual import TOP_DIR, options_of, pages, verbs_of
+from patience import PATIENCE_S
 
 from ublkwatch import cli
 from ublkwatch.settings import DEVICE, METRICS, RECOVERY, SERVER, TOP
@@ -143,7 +144,7 @@ def at_a_terminal(shell: str, home: Path) -> Iterator[int]:
 
 
 def hear(terminal: int, wanted: str) -> str:
-    heard, deadline = "", time.monotonic() + 20
+    heard, deadline = "", time.monotonic() + PATIENCE_S
     while wanted not in heard:
         ready, _, _ = select.select([terminal], [], [], max(0, deadline - time.monotonic()))
         assert ready, heard

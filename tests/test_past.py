@@ -22,7 +22,7 @@ from ublkwatch import chronicle, cli, past, trail
 from ublkwatch.store import Store
 from ublkwatch.verbs import Exit
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 HOLD: dict[str, Any] = {
     "kind": "order",
     "at": WALL + 60,

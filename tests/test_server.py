@@ -215,8 +215,9 @@ sys.stdin.read()
         ("import os; os.kill(os.getpid(), 15)", -15),
     ],
 )
-def test_how_somebody_elses_child_ended_is_known(code: str, status: int) -> None:
-    wait = "import time; time.sleep(0.3); "
+def test_how_somebody_elses_child_ended_is_known(code: str, status: int, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    wait = f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
     seen: list[tuple[int, int | None]] = []
 
     async def story() -> None:
@@ -225,6 +226,7 @@ def test_how_somebody_elses_child_ended_is_known(code: str, status: int) -> None
             server = servers.identify(int(line))
             assert server is not None
             servers.watch(server)
+            go.touch()
             await until(lambda: seen, "its end is reported")
         servers.close()
         assert seen == [(server.pid, status)]

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 
 import pytest
+import virtual
 
 from ublkwatch.care import Care, Job, Origin, Run, Spec
 from ublkwatch.events import Event, Ready, Spawned, SpawnFailed
@@ -49,10 +50,10 @@ class Host:
     async def start(self, tag: str, job: Job) -> int:
         self.starting += 1
         self.most = max(self.most, self.starting)
-        await asyncio.sleep(0.01)
-        self.starting -= 1
         pid = 1000 + len(self.jobs)
         self.jobs[tag] = job
+        await asyncio.sleep(0.01)
+        self.starting -= 1
         self.roots[tag] = tag
         if job.command != ("/bin/dies",):
             self.alive[pid] = ServerId(pid, 1, "boot")
@@ -111,9 +112,9 @@ def lost(dev_id: int, seq: int = 1, attempts: int = 1) -> Record:
 
 def play(story: Callable[[], Awaitable[None]]) -> None:
     async def run() -> None:
-        await asyncio.wait_for(story(), 60)
+        await story()
 
-    asyncio.run(run())
+    virtual.run(run())
 
 
 # --- what is started -----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from patience import until
+from patience import PATIENCE_S, until
 
 from ublkwatch import symptoms, threads
 from ublkwatch.model import Traffic
@@ -65,7 +65,7 @@ def end(process: subprocess.Popen[str], number: int) -> None:
 
 
 def wait(told: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while not told():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -74,8 +74,9 @@ def wait(told: Callable[[], bool]) -> None:
 def test_threads_are_there_until_they_end() -> None:
     with crew() as (process, tids):
         assert threads.alive(process.pid) == {process.pid, *tids}
+        # They may be on their way to it still.
+        wait(lambda: {threads.look(process.pid)[tid].state for tid in tids} == {"S"})
         seen = threads.look(process.pid)
-        assert {thread.state for tid, thread in seen.items() if tid in tids} == {"S"}
         assert not any(thread.exiting for thread in seen.values())
         end(process, 1)
         wait(lambda: threads.alive(process.pid) == {process.pid, tids[0]})
