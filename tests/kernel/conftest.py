@@ -35,7 +35,8 @@ HERE = Path(__file__).parent
 CHAR_DEVICES = Path("/sys/class/ublk-char")
 TRACING = Path("/sys/kernel/tracing")
 # Emulated, and with the other tests' guests beside it, a machine is slow: this bounds only hangs.
-DEADLINE_S = 120.0
+DEADLINE_S = 300.0
+TEST_S = 1200.0  # so many waits can be late in one test; of those that do not say themselves
 POLL_S = 0.05  # each look takes an emulated guest longer than it seems
 
 
@@ -51,6 +52,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker("kernel")
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(TEST_S))
     if not config.option.markexpr:  # they take every test behind them along, or minutes
         marks = ("own_boot", "long")
         apart = [item for item in items if any(map(item.get_closest_marker, marks))]
@@ -86,6 +89,16 @@ def driver() -> None:
         pytest.fail("this kernel has no ublk_drv: lab/lab.py run brings one that has")
 
 
+def unload_driver() -> None:
+    """Unload it, as soon as all have let go of it: who has ended does so a moment later."""
+
+    def unloaded() -> bool:
+        command = ["modprobe", "-r", "ublk_drv"]
+        return subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode == 0
+
+    wait_until(unloaded, DEADLINE_S, "nobody uses the driver any more")
+
+
 class Control:
     """The control commands, from code that is not asynchronous."""
 
@@ -100,7 +113,7 @@ class Control:
         return asyncio.run(once())
 
     def info(self, dev_id: int) -> DevInfo:
-        return self.run(lambda ctrl: ctrl.get_dev_info(dev_id))
+        return self.run(lambda ctrl: ctrl.get_dev_info(dev_id, timeout_s=DEADLINE_S))
 
     def exists(self, dev_id: int) -> bool:
         return (CHAR_DEVICES / f"ublkc{dev_id}").exists()
@@ -598,7 +611,7 @@ def watch(tmp_path: Path, server: Servers) -> Iterator[Callable[..., Supervisor]
 def end_tagged() -> None:
     """End every server that ublkwatch started: their devices are removed next."""
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError):
             if TAG_VARIABLE in process.environ():
                 process.kill()
                 process.wait(DEADLINE_S)

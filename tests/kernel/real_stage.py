@@ -28,7 +28,7 @@ from ublkwatch.uapi import DevFlags
 
 PATIENCE_S = 0.5
 # The driver's own longest wait is the block layer's 30 s; an emulated machine adds to all.
-DEADLINE_S = 60.0
+DEADLINE_S = 300.0
 POLL_S = 0.005
 SIZE = 32 << 20
 CHAR_DEVICES = Path("/sys/class/ublk-char")

@@ -6,12 +6,14 @@ import os
 import subprocess
 from pathlib import Path
 
+from supervisor import DEADLINE_S
+
 
 def tool(*command: str | Path) -> str:
     # There is no udevd here: device-mapper's nodes are its library's to make.
     env = os.environ | {"DM_DISABLE_UDEV": "1"}
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=120, env=env
+        command, capture_output=True, text=True, check=False, timeout=DEADLINE_S, env=env
     )
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout.strip()

@@ -18,7 +18,13 @@ import pytest
 
 from ublkwatch.model import TAG_VARIABLE
 
-DEADLINE_S = 120.0  # several guests share few, emulated CPUs
+# Several guests share few, emulated CPUs: this bounds only hangs.
+DEADLINE_S = 300.0
+# Python's start may take ten times as long as it should; where no test is about it, that must not
+# cost an attempt.
+PATIENCE = dict.fromkeys(
+    ("ready_timeout_s", "drain_timeout_s", "start_timeout_s", "attach_timeout_s"), 200
+)
 SERVER = (sys.executable, "-m", "ublkwatch.demo.server")
 UBLKWATCH = (sys.executable, "-m", "ublkwatch")
 
@@ -26,7 +32,7 @@ UBLKWATCH = (sys.executable, "-m", "ublkwatch")
 def processes(matching: Callable[[psutil.Process], bool]) -> set[int]:
     found = set()
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError):  # it ends while it is looked at
             if matching(process):
                 found.add(process.pid)
     return found
@@ -39,11 +45,12 @@ def tagged() -> set[int]:
 
 def worker_of(pid: int) -> int:
     """Return the pid of a daemon's control worker."""
-    (worker,) = (
-        child.pid
-        for child in psutil.Process(pid).children()
-        if "ublkwatch.ctrl_worker" in child.cmdline()
-    )
+    found: list[int] = []
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.Error):  # a server or a hook that ends meanwhile
+            if "ublkwatch.ctrl_worker" in child.cmdline():
+                found.append(child.pid)
+    (worker,) = found
     return worker
 
 
@@ -58,7 +65,15 @@ class Supervisor:
         command: tuple[str, ...] = (),
         top: str = "",
     ) -> None:
-        """``command`` is what is run instead of `ublkwatch run --config`, as long as it is set."""
+        """``command`` is what is run instead of `ublkwatch run --config`, as long as it is set.
+
+        ``recovery`` is the rest of the [recovery] table, and more tables behind it; what it does
+        not say of PATIENCE is as that has it.
+        """
+        said = recovery.partition("[[")[0]
+        patience = "".join(
+            f"{key} = {value}\n" for key, value in PATIENCE.items() if key not in said
+        )
         self.home = home
         self.config = home / "ublkwatch.toml"
         self.log = home / "ublkwatch.log"
@@ -66,7 +81,7 @@ class Supervisor:
         self.proc: subprocess.Popen[bytes] | None = None
         self.config.write_text(
             f'runtime_dir = "{home}/run"\nstate_dir = "{home}/state"\npoll_interval_s = 0.5\n'
-            f"{top}\n[metrics]\nport = 0\n[recovery]\nprobation_s = 0.3\n{recovery}\n"
+            f"{top}\n[metrics]\nport = 0\n[recovery]\nprobation_s = 0.3\n{patience}{recovery}\n"
             + "".join(
                 f"[[device]]\ndev_id = {dev_id}\ncommand = {json.dumps(command)}\n"
                 for dev_id, command in commands.items()
@@ -95,7 +110,9 @@ class Supervisor:
     def order(self, verb: str, *words: str) -> None:
         """Run another verb of ublkwatch's; it must succeed."""
         command = [*UBLKWATCH, verb, "--config", str(self.config), *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        )
         assert done.returncode == 0, done.stderr + self.said()
 
     def kill(self) -> None:
@@ -153,6 +170,14 @@ class Supervisor:
                 return
             time.sleep(0.05)
         pytest.fail(f"ublk {dev_id} is still shown: {self.device(dev_id)}\n{self.said()}")
+
+    def until_written(self) -> None:
+        """Wait until a daemon that runs has written its first document."""
+        self._until(lambda: "written_at" in self.status(), "it shows something")
+
+    def until_tagged(self, *pids: int) -> None:
+        """Wait until these are all servers that ublkwatch started: one that it killed has ended."""
+        self._until(lambda: tagged() == set(pids), f"{set(pids)} are its servers, and no others")
 
     def until_said(self, text: str) -> None:
         self._until(lambda: text in self.said(), f"it says {text!r}")
