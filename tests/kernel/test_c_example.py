@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     Watch = Callable[..., Supervisor]
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.usefixtures("no_block_errors")
 def test_fio_verifies_through_a_recovery_under_the_c_server(
     server: Servers, watch: Watch, fio: Load, attach: Path
@@ -26,7 +25,7 @@ def test_fio_verifies_through_a_recovery_under_the_c_server(
     command = json.dumps([str(attach), prefix])
     supervisor = watch({}, f"[[device]]\ndev_id = 0\ncommand = {command}")
     before = supervisor.watching()
-    load = fio(size="16m", verify_backlog=64, time_based=1, runtime=600)
+    load = fio(size="16m", verify_backlog=64, time_based=1, runtime=3600)
     load.wait_progress()
 
     reference.kill()

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
 from supervisor import DEADLINE_S, SERVER, UBLKWATCH, Supervisor
 from test_modes import Disk
 
@@ -36,7 +35,6 @@ def device(dev_id: int, says: str, arguments: list[str]) -> str:
     return f"[[device]]\ndev_id = {dev_id}\n{says}\ncommand = {command}\n"
 
 
-@pytest.mark.timeout(300)
 def test_every_way_to_attach_brings_the_device_back_and_once_more(
     server: Servers, watch: Watch, generation: Generation, control: Control
 ) -> None:
@@ -60,7 +58,6 @@ def test_every_way_to_attach_brings_the_device_back_and_once_more(
         supervisor.recovered(before)
 
 
-@pytest.mark.timeout(300)
 def test_a_recover_command_that_fails_is_run_again_where_that_cannot_harm(
     server: Servers, watch: Watch, generation: Generation, control: Control, tmp_path: Path
 ) -> None:

@@ -37,15 +37,16 @@ def test_a_server_that_is_stopped_is_found_and_forgotten_when_it_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pid = server().pid
-    supervisor = watch({0: "null"}, "stall_timeout_s = 2")
+    supervisor = watch({0: "null"}, "stall_timeout_s = 10")
     supervisor.watching()
     load = fio(rw="randread", verify=0, time_based=1, runtime=3600)
     load.wait_progress()
     os.kill(pid, signal.SIGSTOP)
-    shown = supervisor.until("the stall shows", ailment="stall")
-    assert shown["explanation"] == (
-        "stalled: its server has requests and completes none "
-        f"(process {pid}: its process is stopped: SIGSTOP, or a debugger)"
+    supervisor.until(
+        "the stall shows, and why",
+        ailment="stall",
+        explanation="stalled: its server has requests and completes none "
+        f"(process {pid}: its process is stopped: SIGSTOP, or a debugger)",
     )
     assert control.info(0).state == DevState.LIVE, "as far as the kernel knows"
     assert ublkwatch(supervisor, "explain", "0") == Exit.OK
@@ -91,7 +92,7 @@ def test_a_mounted_file_system_outlives_servers_that_hang(
 ) -> None:
     """The first one is ended by the policy, the second one by an operator."""
     server(target="ram", size="64M", queues=2)
-    supervisor = watch({0: "ram"}, 'stall_timeout_s = 2\non_stall = "kill"')
+    supervisor = watch({0: "ram"}, 'stall_timeout_s = 10\non_stall = "kill"')
     supervisor.watching()
     subprocess.run(["mkfs.ext4", "-q", "/dev/ublkb0"], check=True)
     subprocess.run(["mount", "/dev/ublkb0", mount], check=True)

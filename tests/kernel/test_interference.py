@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from conftest import DEADLINE_S, wait_until
 from supervisor import SERVER, Supervisor, tagged
 
 from ublkwatch.uapi import DevState
@@ -33,7 +34,7 @@ def test_somebody_elses_recovery_wins_the_race_and_is_adopted(
 ) -> None:
     server()
     command = faulty(server, tmp_path, "hang-at-start")
-    supervisor = watch({0: command}, "ready_timeout_s = 60")
+    supervisor = watch({0: command}, "ready_timeout_s = 3600")
     supervisor.watching()
     rival = server.attach().wait_ready()
     supervisor.kill_server()
@@ -43,7 +44,7 @@ def test_somebody_elses_recovery_wins_the_race_and_is_adopted(
     rival.write_line(control.line(0))
     control.end_user_recovery(0, rival.pid)
     supervisor.until("adopted", phase="watching", server_pid=rival.pid)
-    assert tagged() == set()
+    supervisor.until_tagged()
     assert "starting" not in supervisor.said()
     supervisor.recovered(supervisor.kill_server())
 
@@ -53,7 +54,7 @@ def test_a_device_removed_in_the_middle_of_a_recovery_stays_removed(
     server: Servers, watch: Watch, control: Control, tmp_path: Path, how: str
 ) -> None:
     creator = server()
-    supervisor = watch({0: faulty(server, tmp_path, "hang-after-ready")}, "attach_timeout_s = 120")
+    supervisor = watch({0: faulty(server, tmp_path, "hang-after-ready")}, "attach_timeout_s = 3600")
     supervisor.watching()
     supervisor.kill_server()
     supervisor.until("END is with the kernel", phase="attaching")
@@ -63,7 +64,7 @@ def test_a_device_removed_in_the_middle_of_a_recovery_stays_removed(
     else:
         control.remove(0)  # it returns only when our END let go of the device
     supervisor.until_gone()
-    assert tagged() == set()
+    supervisor.until_tagged()
     assert "ERROR" not in supervisor.said()
     if how == "stop":
         control.remove(0)
@@ -81,6 +82,8 @@ def test_a_command_that_never_returns_harms_nobody_else(
     # Paced, as a reader at full speed leaves an emulated machine no time for anybody else.
     reader = fio(1, rw="randread", verify=0, time_based=1, runtime=3600, rate_iops=200)
     reader.wait_progress()
+    held = Path("/sys/block/ublkb0/inflight")
+    wait_until(lambda: held.read_text().split()[0] == "8", DEADLINE_S, "the server sits on them")
     # STOP_DEV sleeps, with the device's mutex, behind the requests that the server sits on.
     stop = subprocess.Popen([*SERVER, "--stop", "0"])
     supervisor = watch({0: "null", 1: "null"})
@@ -90,7 +93,7 @@ def test_a_command_that_never_returns_harms_nobody_else(
     reader.wait_progress()
     supervisor.stop()
     stuck.kill()  # and so STOP_DEV returns, and the retired worker ends
-    stop.wait(60)
+    stop.wait(DEADLINE_S)
     supervisor.until_no_workers()
 
 

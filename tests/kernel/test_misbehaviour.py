@@ -54,7 +54,7 @@ def processes_of_attempts(dev_id: int) -> set[int]:
     """Return the processes, alive, that were started for this device, and theirs."""
     found = set()
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(psutil.Error, OSError):
             if process.environ().get(TAG_VARIABLE, "").startswith(f"{dev_id}-"):
                 found.add(process.pid)
     return found
@@ -67,7 +67,6 @@ def said_after_giving_up(supervisor: Supervisor, dev_id: int) -> str:
     return "\n".join(lines[given_up + 1 :])
 
 
-@pytest.mark.timeout(300)
 def test_a_server_that_fails_before_its_line_costs_an_attempt(
     server: Servers, watch: Watch, tmp_path: Path
 ) -> None:
@@ -82,11 +81,22 @@ def test_a_server_that_fails_before_its_line_costs_an_attempt(
         disks = [stack.enter_context(Disk(dev_id)) for dev_id in faults]
         creator.kill()
         reads = [disk.read() for disk in disks]
-        for dev_id in faults:
-            shown = supervisor.until_true(
-                "a failed attempt shows", lambda now: now["attempts_left"] < 5, dev_id
+        # Side by side: the one may be back before the other's server has failed.
+        unseen = set(faults)
+
+        def seen(dev_id: int) -> bool:
+            now = supervisor.device(dev_id)
+            return (
+                now is not None
+                and now["attempts_left"] < 5
+                and now["phase"] not in ("watching", "failed")
             )
-            assert shown["phase"] not in ("watching", "failed")
+
+        def all_seen() -> bool:
+            unseen.difference_update([dev_id for dev_id in unseen if seen(dev_id)])
+            return not unseen
+
+        wait_until(all_seen, DEADLINE_S, "a failed attempt of each shows")
         for before, read, fault in zip(befores, reads, faults.values(), strict=True):
             after = supervisor.recovered(before)
             assert read.outcome() == 0
@@ -97,7 +107,6 @@ def test_a_server_that_fails_before_its_line_costs_an_attempt(
             assert after["attempts_left"] >= 5 - len(failed)
 
 
-@pytest.mark.timeout(400)
 def test_a_server_that_fails_after_its_line_is_replaced_or_on_6_12_the_device_given_up(
     server: Servers, watch: Watch, generation: Generation, kernel_log: KernelLog, tmp_path: Path
 ) -> None:
@@ -110,7 +119,7 @@ def test_a_server_that_fails_after_its_line_is_replaced_or_on_6_12_the_device_gi
         {dev_id: first(fault, server, tmp_path) for dev_id, fault in faults.items()}
         | {healthy: "null"},
         # Time enough for many servers that start at once.
-        "ready_timeout_s = 60\ndrain_timeout_s = 45\nattach_timeout_s = 10",
+        "ready_timeout_s = 200\ndrain_timeout_s = 45\nattach_timeout_s = 30",
     )
     befores = {dev_id: supervisor.watching(dev_id) for dev_id in (*faults, healthy)}
 
@@ -126,7 +135,11 @@ def test_a_server_that_fails_after_its_line_is_replaced_or_on_6_12_the_device_gi
             assert settled["reason"] in reasons, name
         else:
             assert generation is Generation.G3 or fault in (*RACING, UNREAD), name
-            assert processes_of_attempts(dev_id) == {settled["server_pid"]}, name
+            wait_until(
+                lambda dev=dev_id, pid=settled["server_pid"]: processes_of_attempts(dev) == {pid},  # type: ignore[misc]
+                DEADLINE_S,
+                name,
+            )
             with Disk(dev_id) as disk:
                 assert disk.read().outcome() == 0, name
         if fault in AFTER_THE_LINE:
@@ -143,7 +156,7 @@ def test_a_server_that_fails_after_its_line_is_replaced_or_on_6_12_the_device_gi
         assert is_settled(now), fault
         if now["phase"] == "failed":
             assert said_after_giving_up(supervisor, dev_id) == "", fault
-            assert processes_of_attempts(dev_id) == set(), fault
+            wait_until(lambda dev=dev_id: not processes_of_attempts(dev), DEADLINE_S, fault)  # type: ignore[misc]
             assert now["remedy"] == f"`ublkwatch stop {dev_id}`"
             supervisor.order("stop", str(dev_id), "--yes")
             supervisor.until_gone(dev_id)
@@ -205,7 +218,6 @@ def opened(node: str) -> int:
     return found[0]
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("holder", [left_child, a_stranger])
 def test_who_holds_the_character_device_is_named_and_waited_for(
     server: Servers,
@@ -225,7 +237,6 @@ def test_who_holds_the_character_device_is_named_and_waited_for(
     assert supervisor.recovered(before)["attempts"] == 1
 
 
-@pytest.mark.timeout(300)
 def test_servers_that_ignore_sigterm_or_serve_no_more_are_replaced_once_they_are_killed(
     server: Servers, watch: Watch, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 from dying import POINTS
-from supervisor import Supervisor, tagged
+from supervisor import DEADLINE_S, Supervisor, tagged
 
 if TYPE_CHECKING:
     from conftest import Load, Servers
@@ -39,11 +39,11 @@ def test_a_recovery_is_finished_by_the_next_ublkwatch(
     writer.wait_progress()
     before = supervisor.kill_server()
     assert supervisor.proc is not None
-    assert supervisor.proc.wait(90) == -signal.SIGKILL, supervisor.said()
+    assert supervisor.proc.wait(DEADLINE_S) == -signal.SIGKILL, supervisor.said()
     supervisor.command = ()
     supervisor.start()
     after = supervisor.recovered(before)
-    assert tagged() == {after["server_pid"]}  # one server, and no stray
+    supervisor.until_tagged(after["server_pid"])  # one server, and no stray
     assert len(starts.read_text().splitlines()) == 4  # one was started, and no second
     writer.wait_progress()
     writer.interrupt()
@@ -84,7 +84,7 @@ def test_a_stall_of_all_of_us_in_the_middle_of_a_recovery_costs_no_attempt(
     faults.write_text("none\n")
     server()
     command = [*server.target("null"), "--fault-file", str(faults)]
-    supervisor = watch({0: command}, "ready_timeout_s = 20")
+    supervisor = watch({0: command}, "ready_timeout_s = 60")
     before = supervisor.kill_server()
     supervisor.until("a server starts", phase="draining")
     assert supervisor.proc is not None
@@ -92,7 +92,7 @@ def test_a_stall_of_all_of_us_in_the_middle_of_a_recovery_costs_no_attempt(
     for pid in family:
         os.kill(pid, signal.SIGSTOP)
     with pytest.raises(subprocess.TimeoutExpired):
-        supervisor.proc.wait(25)
+        supervisor.proc.wait(65)
     for pid in family:
         os.kill(pid, signal.SIGCONT)
     assert supervisor.recovered(before)["attempts"] == 1
@@ -104,7 +104,8 @@ def test_a_clock_that_steps_changes_nothing(server: Servers, watch: Watch) -> No
     supervisor = watch({0: "null"})
     supervisor.watching()
     for step_s in (7200, -7200):
+        began = time.monotonic()
         time.clock_settime(time.CLOCK_REALTIME, time.time() + step_s)
         after = supervisor.recovered(supervisor.kill_server())
-        assert 0 < after["last_held_s"] < 60
+        assert 0 < after["last_held_s"] < time.monotonic() - began
     assert supervisor.said().count("-> draining") == 2

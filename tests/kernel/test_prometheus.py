@@ -49,7 +49,7 @@ VARIABLES = {
 
 
 class Prometheus:
-    """Scrapes one page every second, and evaluates the rules."""
+    """Scrapes one page every few seconds, within which it answers, and evaluates the rules."""
 
     def __init__(self, home: Path, target: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -61,7 +61,7 @@ class Prometheus:
         config.write_text(
             json.dumps(
                 {
-                    "global": {"scrape_interval": "1s", "evaluation_interval": "2s"},
+                    "global": {"scrape_interval": "5s", "evaluation_interval": "2s"},
                     "rule_files": [str(deployed.RULES)],
                     "scrape_configs": [scrape],
                 }
@@ -82,7 +82,7 @@ class Prometheus:
         """Return what its API answers."""
         url = f"{self._api}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         try:
-            with urllib.request.urlopen(url, timeout=60) as answer:
+            with urllib.request.urlopen(url, timeout=DEADLINE_S) as answer:
                 document = json.load(answer)
         except urllib.error.HTTPError as error:
             if error.code == http.HTTPStatus.SERVICE_UNAVAILABLE:  # it starts
@@ -95,7 +95,7 @@ class Prometheus:
     def query(self, expr: str) -> list[dict[str, Any]]:
         """Return the series that an expression has now, but those that are no number.
 
-        Behind a scrape that failed there are none: on a busy machine one takes longer than 1 s.
+        Behind a scrape that failed there are none: on a busy machine one takes longer than 5 s.
         """
         found: list[dict[str, Any]] = self.get("query", query=expr)["result"]
         return [each for each in found if not math.isnan(float(each["value"][1]))]
@@ -141,7 +141,6 @@ def substituted(expr: str) -> str:
     return expr
 
 
-@pytest.mark.timeout(900)
 def test_prometheus_counts_each_crash_and_every_rule_and_panel_has_data(
     server: Servers, watch: Watch, processes: list[Prometheus], tmp_path: Path
 ) -> None:
@@ -156,7 +155,7 @@ def test_prometheus_counts_each_crash_and_every_rule_and_panel_has_data(
 
     # Nothing was lost between the scrapes, whether one saw the device without a server or not.
     for counted in (
-        f"max_over_time({RECOVERIES}[10m]) - min_over_time({RECOVERIES}[10m])",
+        f"max_over_time({RECOVERIES}[1h]) - min_over_time({RECOVERIES}[1h])",
         f"sum({RECOVERIES})",
         "sum(ublkwatch_server_losses_total)",
         "sum(ublkwatch_recovery_duration_seconds_count)",
@@ -167,7 +166,7 @@ def test_prometheus_counts_each_crash_and_every_rule_and_panel_has_data(
     (held,) = prometheus.until("ublkwatch_recovery_duration_seconds_sum")
     assert 0 < float(held["value"][1]) <= float(unavailable["value"][1]) + 0.01 * CRASHES
 
-    (resets,) = prometheus.until("sum(resets(ublkwatch_device_unavailable_seconds_total[10m]))")
+    (resets,) = prometheus.until("sum(resets(ublkwatch_device_unavailable_seconds_total[1h]))")
     assert float(resets["value"][1]) == 0
 
     for rule in RULES:
@@ -191,7 +190,6 @@ def test_prometheus_counts_each_crash_and_every_rule_and_panel_has_data(
 
 
 @pytest.mark.long
-@pytest.mark.timeout(900)
 def test_a_minute_of_crashes_of_three_devices_is_counted(
     server: Servers, watch: Watch, processes: list[Prometheus], tmp_path: Path
 ) -> None:

@@ -154,7 +154,7 @@ def test_recovery_by_the_attach_contract_under_load(
     server: Servers, control: Control, fio: Load, target: str
 ) -> None:
     reference = server(target=target, queues=2)
-    load = fio(size="16m", verify_backlog=64, time_based=1, runtime=600)
+    load = fio(size="16m", verify_backlog=64, time_based=1, runtime=3600)
     load.wait_progress()
 
     reference.kill()
@@ -192,7 +192,7 @@ def test_one_process_attaches_several_devices_each_by_its_own_line(
     leaving = ("--run-dir", str(run_dir), "--group", "pool")
     reference = server(GROUP, target="ram", queues=2, more=leaving)
     assert {each["pid"] for each in runs(run_dir).values()} == {reference.pid}
-    loads = [fio(each, size="2m", verify_backlog=64, time_based=1, runtime=600) for each in GROUP]
+    loads = [fio(each, size="2m", verify_backlog=64, time_based=1, runtime=3600) for each in GROUP]
     for load in loads:
         load.wait_progress()
     reference.kill()

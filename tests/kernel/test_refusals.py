@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import DEADLINE_S, unload_driver
 from supervisor import UBLKWATCH
 
 from ublkwatch.verbs import Exit
@@ -21,7 +22,7 @@ def run(config: Path, *before: str) -> tuple[int, str]:
         [*before, *UBLKWATCH, "run", "--config", str(config)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_S,
         check=False,
     )
     lines = done.stderr.splitlines()
@@ -47,7 +48,7 @@ def io_uring_disabled() -> Iterator[None]:
 
 @pytest.fixture
 def no_driver() -> Iterator[None]:
-    subprocess.run(["modprobe", "-r", "ublk_drv"], check=True)
+    unload_driver()
     yield
     subprocess.run(["modprobe", "ublk_drv"], check=True)
 
@@ -111,7 +112,7 @@ def test_status_without_a_daemon_says_so(config: Path) -> None:
         [*UBLKWATCH, "status", "--config", str(config)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=DEADLINE_S,
         check=False,
     )
     assert done.returncode == Exit.NOT_RUNNING

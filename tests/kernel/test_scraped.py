@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from conftest import wait_until
+from conftest import DEADLINE_S, wait_until
 from programs import prometheus as program
 from supervisor import Supervisor
 
@@ -17,13 +17,11 @@ if TYPE_CHECKING:
 
     Watch = Callable[..., Supervisor]
 
-DEADLINE_S = 60.0
-
 
 def asked(supervisor: Supervisor, path: str) -> tuple[int, str]:
     port = supervisor.said().split("metrics on port ")[-1].split()[0]
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=60) as page:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=DEADLINE_S) as page:
             return page.status, page.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()

@@ -136,7 +136,6 @@ def test_the_table_has_every_verb() -> None:
     assert TABLE.keys() == verbs_of(cli.parser())[0].keys()
 
 
-@pytest.mark.timeout(600)
 def test_every_verb_ends_as_it_should_for_everybody_with_the_daemon_up_and_down(
     server: Servers, supervisor: Supervisor
 ) -> None:
