@@ -106,8 +106,9 @@ while read -r clock </sys/devices/system/clocksource/clocksource0/current_clocks
     tries=$((tries - 1))
     $box usleep 50000
 done
+# Long enough that it does not matter how late the host reads either of them.
 echo "tick $($box cut -d ' ' -f 1 /proc/uptime)" >&3
-$box usleep 500000
+$box usleep 2000000
 echo "tock $($box cut -d ' ' -f 1 /proc/uptime)" >&3
 read -r go <&3
 echo started >&3

@@ -31,7 +31,7 @@ from kernels import Kernel
 # deadline in there is over at once.
 HASTE_MAX: Final = 2.0
 # After the command's end: how long the guest may stay silent while it flushes and relays the rest.
-DRAIN_SECONDS: Final = 5.0
+DRAIN_SECONDS: Final = 60.0
 CONSOLE_KEPT: Final = 1 << 20
 
 
@@ -92,6 +92,8 @@ KERNEL_OPTIONS: Final = (
     # Boot time: protections and searches that nobody in here needs.
     "mitigations=off nokaslr audit=0 tsc=reliable no_timer_check raid=noautodetect "
     "cryptomgr.notests lsm=capability "
+    # A guest that gets no CPU for a while is no guest with a bug.
+    "watchdog_thresh=60 workqueue.watchdog_thresh=300 "
     # A guest that is broken must end, and QEMU with it (-no-reboot).
     "oops=panic panic=-1"
 )

@@ -14,7 +14,7 @@ import pytest
 from machine import Guest, Stage
 
 LAB = Path(__file__).with_name("lab.py")
-PATIENCE = 120.0
+PATIENCE = 1000.0  # three boots, each as slow as it may be
 
 Result = subprocess.CompletedProcess[bytes]
 
@@ -77,7 +77,7 @@ def test_every_kernel_has_the_driver_and_the_asked_cpus(kernel: str) -> None:
 def test_systemd_can_be_process_1_and_the_command_is_its_service(kernel: str) -> None:
     script = (
         "cat /proc/1/comm; cat /proc/self/cgroup; stat -f -c %T /sys/fs/cgroup; hostname;"
-        "for try in 1 2 3 4 5 6 7 8 9; do state=$(systemctl is-system-running) && break; sleep 1;"
+        "for try in $(seq 200); do state=$(systemctl is-system-running) && break; sleep 1;"
         "done; echo $state; systemctl is-active systemd-journald dbus;"
         "systemctl is-active systemd-udevd systemd-logind;"
         "busctl --system call org.freedesktop.DBus / org.freedesktop.DBus NameHasOwner s "
@@ -98,10 +98,10 @@ def test_systemd_can_be_process_1_and_the_command_is_its_service(kernel: str) ->
 
 def test_a_command_under_systemd_that_takes_too_long_is_killed() -> None:
     script = "echo up; sleep 1000"
-    done = lab("run", "--init", "systemd", "--timeout", "10", "--", "/bin/sh", "-c", script)
+    done = lab("run", "--init", "systemd", "--timeout", "30", "--", "/bin/sh", "-c", script)
     assert done.returncode == 124
     assert done.stdout == b"up\n"
-    assert b"still running after 10 s" in done.stderr
+    assert b"still running after 30 s" in done.stderr
 
 
 def test_a_guest_writes_what_it_was_given_and_nothing_else(tmp_path: Path) -> None:
@@ -132,15 +132,15 @@ def test_the_guest_keeps_bytecode_whatever_the_caller_does() -> None:
 
 
 def test_a_command_that_takes_too_long_is_killed() -> None:
-    done = lab("run", "--timeout", "1.5", "--", "/bin/sh", "-c", "echo up; sleep 1000")
+    done = lab("run", "--timeout", "15.5", "--", "/bin/sh", "-c", "echo up; sleep 1000")
     assert done.returncode == 124
     assert done.stdout == b"up\n"
-    assert b"still running after 1.5 s" in done.stderr
+    assert b"still running after 15.5 s" in done.stderr
 
 
 def test_a_panic_under_the_command_is_told_and_not_retried(tmp_path: Path) -> None:
     console = tmp_path / "console"
-    crash = "echo up; sleep 0.2; echo c >/proc/sysrq-trigger; sleep 1000"
+    crash = "echo up; sleep 3; echo c >/proc/sysrq-trigger; sleep 1000"
     done = lab("run", "--console", str(console), "--", "/bin/sh", "-c", crash)
     assert done.returncode == 125
     # Once: a boot before it may have failed, and been tried again.
@@ -237,15 +237,15 @@ def test_a_host_without_the_driver_says_so() -> None:
     assert b"modprobe ublk_drv" in done.stderr
 
 
-@pytest.mark.parametrize(("aged_s", "hasty"), [(0.5, False), (20.0, True)])
+@pytest.mark.parametrize(("aged_s", "hasty"), [(2.0, False), (20.0, True)])
 def test_a_guest_whose_clock_runs_too_fast_is_not_let_go(aged_s: float, *, hasty: bool) -> None:
-    """A kernel that was disturbed while it calibrated its clock: its half second is soon over."""
+    """A kernel that was disturbed while it calibrated its clock: its two seconds are soon over."""
     said: list[bytes] = []
     now = 100.0
     guest = Guest(90.0, 90.0, None, lambda: now)
     guest.answer = said.append
     guest.obey("tick 8.25")
-    now += 0.5
+    now += 2.0
     guest.obey(f"tock {8.25 + aged_s}")
     assert (guest.finished, guest.outcome.hasty) == (hasty, hasty)
     assert said == ([] if hasty else [b"go\n"])
