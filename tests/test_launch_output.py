@@ -90,3 +90,20 @@ def test_keep_only_removes_what_is_over_and_nothing_else(tmp_path: Path) -> None
         assert home.launcher.last_words("kept") == "words"
 
     at_home(tmp_path, work)
+
+
+def test_an_attempt_whose_group_we_died_writing_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    (here / "not ours").mkdir(parents=True)
+    monkeypatch.chdir(here)
+
+    async def work(home: Home) -> None:
+        await home.exited(await home.start("pass"))
+        (tmp_path / "attempts" / TAG / "cgroup").write_text("")
+        assert home.launcher.pids(TAG) == set()
+        home.launcher.keep_only(set())
+        assert (here / "not ours").exists()
+
+    at_home(tmp_path, work)

@@ -179,7 +179,9 @@ class Launcher:
 
     def _group(self, tag: str) -> Path | None:
         with contextlib.suppress(OSError):
-            return Path((self._homes.path(tag) / "cgroup").read_text())
+            # Empty, if we died as we wrote it; and no group is where we happen to be.
+            if name := (self._homes.path(tag) / "cgroup").read_text():
+                return Path(name)
         return None
 
     def last_words(self, tag: str) -> str:
