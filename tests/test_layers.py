@@ -78,8 +78,8 @@ LAYERS: dict[str, set[str]] = {
     "fork": {"care", "cgroup", "gate", "identity"},
     "units": {"bus", "care", "cgroup", "fork", "homes", "host", "identity", "outside"},
     "launch": {
-        *("care", "cgroup", "fork", "homes", "host", "identity", "model", "outside", "together"),
-        "units",
+        *("bus", "care", "cgroup", "fork", "homes", "host", "identity", "model", "outside"),
+        *("together", "units"),
     },
     "store": {"care", "model", "trust"},
     "trust": set(),

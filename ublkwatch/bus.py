@@ -12,6 +12,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from jeepney import (
@@ -27,8 +28,6 @@ from jeepney.auth import BEGIN, AuthenticationError, Authenticator
 from jeepney.bus import find_system_bus
 from jeepney.low_level import Parser
 
-_CONNECT_S = 2.0
-_ANSWER_S = 10.0
 _PROPERTIES = "org.freedesktop.DBus.Properties"
 
 
@@ -41,11 +40,26 @@ class BusError(OSError):
         self.name = name
 
 
+@dataclass(frozen=True)
+class Patience:
+    """How long the bus, and systemd behind it, is waited for; in seconds."""
+
+    connect_s: float = 2.0
+    answer_s: float = 10.0
+    start_s: float = 30.0  # for exec: the program's file system may be slow
+    leftover_s: float = 0.5  # for a unit whose processes have ended to be gone
+    autopsy_s: float = 2.0
+
+
+USUAL = Patience()
+
+
 class Bus:
     """A connection to the system bus."""
 
-    def __init__(self, signalled: Callable[[Message], None]) -> None:
+    def __init__(self, signalled: Callable[[Message], None], patience: Patience = USUAL) -> None:
         """``signalled`` is told of each signal that was subscribed to."""
+        self._patience = patience
         self._signalled = signalled
         self._socket: socket.socket | None = None
         self._connecting = asyncio.Lock()
@@ -62,7 +76,7 @@ class Bus:
             if self._socket is not None:
                 return
             try:
-                async with asyncio.timeout(_CONNECT_S):
+                async with asyncio.timeout(self._patience.connect_s):
                     await self._connect()
                     await self._call(message_bus.Hello())
                     await self._call(message_bus.AddMatch(rule))
@@ -97,10 +111,12 @@ class Bus:
     ) -> tuple[Any, ...]:
         """Call a method and return its answer; BusError, or another OSError, within ten seconds."""
         try:
-            async with asyncio.timeout(_ANSWER_S):
+            async with asyncio.timeout(self._patience.answer_s):
                 return await self._call(new_method_call(address, method, signature or None, body))
         except TimeoutError:
-            raise OSError(f"systemd did not answer {method} within {_ANSWER_S:g} s") from None
+            raise OSError(
+                f"systemd did not answer {method} within {self._patience.answer_s:g} s"
+            ) from None
 
     async def properties(self, address: DBusAddress, interface: str) -> dict[str, Any]:
         """Return the properties of an object's interface, by name."""

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ublkwatch import cgroup, outside
+from ublkwatch.bus import USUAL, Patience
 from ublkwatch.care import Job
 from ublkwatch.fork import ForkStarter, how
 from ublkwatch.homes import Homes
@@ -51,6 +52,7 @@ class Launcher:
         judge: Judge | None = None,
         usual_oom_score_adj: int | None = None,
         host: Path = OURS,
+        patience: Patience = USUAL,
     ) -> None:
         """``ready`` is told, from the loop, the tag of an attempt whose server said READY=1.
 
@@ -60,7 +62,8 @@ class Launcher:
         is the time that systemctl has to say whether the host shuts down. ``judge`` says which
         programs are run, and as whom.
         ``usual_oom_score_adj`` is for servers whose own is not given; None: they have ours.
-        ``host`` is where systemd's root is seen from here (host.systemd_root).
+        ``host`` is where systemd's root is seen from here (host.systemd_root). ``patience`` is with
+        systemd.
         """
         self._systemd = systemd
         self._shutdown = Together(self._ask_systemd)
@@ -68,7 +71,8 @@ class Launcher:
         self._answer_s = answer_s
         self._homes = Homes(runtime_dir, ready)
         self._fork = ForkStarter(groups or cgroup.own(), usual_oom_score_adj)
-        self._units = UnitStarter({tag: self._homes.path(tag) for tag in self._homes.all()}, host)
+        homes = {tag: self._homes.path(tag) for tag in self._homes.all()}
+        self._units = UnitStarter(homes, host, patience)
         self._host = host
         self._fallen_back = False
         self._judge = judge or Judge()

@@ -19,7 +19,7 @@ from typing import Any
 from jeepney import DBusAddress, MatchRule, Message
 
 from ublkwatch import cgroup, outside
-from ublkwatch.bus import Bus, BusError
+from ublkwatch.bus import USUAL, Bus, BusError, Patience
 from ublkwatch.care import Job, Run
 from ublkwatch.fork import how
 from ublkwatch.homes import last_lines
@@ -33,10 +33,7 @@ _NAME = "org.freedesktop.systemd1"
 _UNITS = "/org/freedesktop/systemd1/unit/"
 _MANAGER = DBusAddress("/org/freedesktop/systemd1", _NAME, f"{_NAME}.Manager")
 _EXISTS = f"{_NAME}.UnitExists"
-_START_S = 30.0  # for exec: the program's file system may be slow
-_LEFTOVER_S = 0.5
 _SCOPE_STOP_US = 1_000_000
-_AUTOPSY_S = 2.0
 _JOURNAL_S = 10.0
 _LOOK_S = 0.01
 _JOBS_KEPT = 1000
@@ -50,13 +47,16 @@ _STEPS = {200: "CHDIR", 202: "FDS", 203: "EXEC", 205: "LIMITS", 206: "OOM_ADJUST
 class UnitStarter:
     """Servers as units of systemd."""
 
-    def __init__(self, homes: Mapping[str, Path], host: Path = OURS) -> None:
+    def __init__(
+        self, homes: Mapping[str, Path], host: Path = OURS, patience: Patience = USUAL
+    ) -> None:
         """``homes`` of our former life say which processes systemd started then.
 
         ``host`` is where systemd's root is seen from here.
         """
         self._host = host
-        self._bus = Bus(self._signalled)
+        self._patience = patience
+        self._bus = Bus(self._signalled, patience)
         self._jobs: dict[str, asyncio.Future[str]] = {}
         self._pids: dict[int, Path] = {}
         self._reading = asyncio.Semaphore(4)  # the journal, when many servers fail at once
@@ -87,7 +87,7 @@ class UnitStarter:
         # For reading and writing: then no end of file comes when the last other writer is gone.
         stdin = os.open(home / "stdin", os.O_RDWR | os.O_CLOEXEC)
         try:
-            properties = _properties(job, identity, environment, stdin)
+            properties = _properties(job, identity, environment, stdin, self._patience.start_s)
             name, path = await self._start_transient(tag, home, job.name, properties)
         finally:
             os.close(stdin)
@@ -134,14 +134,14 @@ class UnitStarter:
         return pid in self._pids
 
     async def autopsy(self, home: Path, pid: int) -> tuple[str, int | None, str]:
-        """Say how a process ended, its exit code, and its last words; "unknown" after two seconds.
+        """Say how a process ended, its exit code, and its last words; "unknown" if late.
 
         Only a unit's first process is waited for by systemd: of any other, nobody knows.
         """
         said: tuple[str, int | None] = ("unknown", None)
         words = ""
         with contextlib.suppress(OSError):
-            async with asyncio.timeout(_AUTOPSY_S):
+            async with asyncio.timeout(self._patience.autopsy_s):
                 name = (_remembered(home) or ("", 0, False))[0]
                 await self.connect()
                 while name:
@@ -183,7 +183,7 @@ class UnitStarter:
     ) -> tuple[str, str]:
         """Start a service under its stable name; where that is taken, under one of the attempt."""
         clock = asyncio.get_running_loop().time
-        unit, deadline = unit_name(name), clock() + _LEFTOVER_S
+        unit, deadline = unit_name(name), clock() + self._patience.leftover_s
         while True:
             _remember(home, unit, 0)  # first: should we die now, our successor knows where to look
             try:
@@ -242,12 +242,12 @@ class UnitStarter:
         """Wait for the end of a job: "done", or what else systemd calls it."""
         job = self._job(path)
         try:
-            async with asyncio.timeout(_START_S):
+            async with asyncio.timeout(self._patience.start_s):
                 while not job.done():
                     await asyncio.wait([job], timeout=1)
                     await self.connect()  # OSError, if the bus has gone; its news are lost then
         except TimeoutError:
-            raise OSError(f"systemd did not end its job within {_START_S:g} s") from None
+            raise OSError(f"no end of systemd's job in {self._patience.start_s:g} s") from None
         finally:
             self._jobs.pop(path, None)
         return job.result()
@@ -317,7 +317,7 @@ def _address(name: str) -> DBusAddress:
 
 
 def _properties(
-    job: Job, identity: Identity, environment: dict[str, str], stdin: int
+    job: Job, identity: Identity, environment: dict[str, str], stdin: int, start_s: float
 ) -> list[tuple[str, tuple[str, Any]]]:
     run = job.run
     properties: dict[str, tuple[str, Any]] = {
@@ -332,7 +332,7 @@ def _properties(
         "KillSignal": ("i", int(signal.SIGKILL)),  # SIGTERM makes most servers remove the disk
         "SendSIGHUP": ("b", False),
         "IgnoreSIGPIPE": ("b", False),
-        "TimeoutStartUSec": ("t", int(_START_S * 1e6)),
+        "TimeoutStartUSec": ("t", int(start_s * 1e6)),
         "WorkingDirectory": ("s", run.cwd),
         "Environment": ("as", [f"{name}={value}" for name, value in environment.items()]),
         "StandardInputFileDescriptor": ("h", stdin),
