@@ -74,7 +74,7 @@ def test_a_server_that_fails_before_its_line_costs_an_attempt(
     creator = server(tuple(faults))
     supervisor = watch(
         {dev_id: first(fault, server, tmp_path) for dev_id, fault in faults.items()},
-        "ready_timeout_s = 20",
+        "ready_timeout_s = 60",
     )
     befores = [supervisor.watching(dev_id) for dev_id in faults]
     with contextlib.ExitStack() as stack:
