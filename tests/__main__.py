@@ -26,7 +26,7 @@ LINTS = {
     "mypy": ["-m", "mypy", "ublkwatch", "lab", "bench", *map(str, sorted(TOP.glob("tests/*.py")))],
     "mypy tests/kernel": ["-m", "mypy", "tests/kernel"],
 }
-KERNEL_TESTS_S = 3600
+KERNEL_TESTS_S = 7200
 OPTIONS = ("-q", "--tb=short", "--durations=5", "--durations-min=30")
 
 
