@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -140,8 +139,6 @@ class Count:
 
 
 def main() -> int:
-    # A shell ignores it for what runs in the background, and so would all that the tests start.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     count = Count()
     count.lint()
     if sys.argv[1:] != ["lint"]:
