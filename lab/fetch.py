@@ -49,7 +49,9 @@ TOOLS: Final[Mapping[str, str]] = {
 BUSYBOX_SUITE: Final = "trixie"
 HEADERS_PACKAGE: Final = "linux-libc-dev"
 HEADERS_SUITES: Final = ("trixie-backports", "sid")
-PROMETHEUS_SUITE: Final = "bookworm"  # the oldest that our rules are for
+# Programs that are not installed, and the suite that they are of: Prometheus would start as a
+# service, and is the oldest that our rules are for; kubectl is the first that knows our manifests.
+PROGRAMS: Final[Mapping[str, str]] = {"prometheus": "bookworm", "kubectl": "trixie"}
 
 
 @dataclass(frozen=True)
@@ -92,21 +94,21 @@ def headers() -> Path:
     return include
 
 
-def fetch_prometheus(cache: Path, archive: Archive) -> None:
-    """Bring Prometheus and promtool into the cache: installed, it would start as a service."""
+def fetch_programs(package: str, cache: Path, archive: Archive) -> None:
+    """Bring the programs of a package into the cache."""
     with staging(cache) as stage:
-        say("fetching prometheus")
+        say(f"fetching {package}")
         home = stage / "home"
         home.mkdir()
-        archive.unpack([f"prometheus/{PROMETHEUS_SUITE}"], home)
-        (home / "usr/bin").rename(cache / "prometheus")
+        archive.unpack([f"{package}/{PROGRAMS[package]}"], home)
+        (home / "usr/bin").rename(cache / package)
 
 
-def prometheus() -> Path:
-    """Return the directory of prometheus and promtool, or say how to get them."""
-    directory = cache_directory() / "prometheus"
+def programs(package: str) -> Path:
+    """Return the directory of a package's programs, or say how to get them."""
+    directory = cache_directory() / package
     if not directory.is_dir():
-        raise LabError(f"prometheus is not at {directory}; get it: {me()} setup")
+        raise LabError(f"{package} is not at {directory}; get it: {me()} setup")
     return directory
 
 
@@ -162,9 +164,11 @@ def lacking(cache: Path, kernels: Sequence[str]) -> list[Part]:
     parts = {
         cache / "busybox": Part("busybox", (BUSYBOX_SUITE,), fetch_busybox),
         cache / "headers": Part("headers", HEADERS_SUITES, fetch_headers),
-        cache / "prometheus": Part("prometheus", (PROMETHEUS_SUITE,), fetch_prometheus),
         cache / "kublk": Part("kublk", SUITES, fetch_kublk),  # built against the headers
     }
+    for package, suite in PROGRAMS.items():
+        bring = functools.partial(fetch_programs, package)
+        parts[cache / package] = Part(package, (suite,), bring)
     missing = [part for place, part in parts.items() if not place.exists()]
     for name in dict.fromkeys(kernels):
         if load_kernel(cache, name) is None:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from base import EXIT_LAB, LabError, cache_directory, say
-from fetch import headers, prometheus, setup
+from fetch import PROGRAMS, headers, programs, setup
 from initramfs import INITS
 from kernels import LINES, load_kernel, need_kernel
 from kublk import kublk
@@ -61,7 +61,8 @@ def build_parser() -> Parser:
     fetch_verb.add_argument("--kernel", action="append", choices=tuple(LINES))
     verbs.add_parser("headers", help="print the directory of the kernel's newest C headers")
     verbs.add_parser("kublk", help="print where the kernel's own ublk test server is")
-    verbs.add_parser("prometheus", help="print the directory of prometheus and promtool")
+    for package in PROGRAMS:
+        verbs.add_parser(package, help=f"print the directory of the programs of {package}")
     verbs.add_parser("list", help="show the cached kernels and the accelerator")
     run = verbs.add_parser(
         "run", help="run a command in a fresh guest", usage="%(prog)s [OPTION]... -- CMD [ARG]..."
@@ -112,8 +113,8 @@ def main() -> int:
             print(headers())
         elif options.verb == "kublk":
             print(kublk())
-        elif options.verb == "prometheus":
-            print(prometheus())
+        elif options.verb in PROGRAMS:
+            print(programs(options.verb))
         elif options.verb == "list":
             show_list()
         elif options.host:

@@ -201,10 +201,14 @@ def test_kublk_is_where_the_verb_says_and_runs_here_and_in_a_guest() -> None:
     assert b"state LIVE" in done.stdout
 
 
-def test_prometheus_is_where_the_verb_says_and_runs_here() -> None:
-    directory = Path(lab("prometheus").stdout.decode().strip())
-    for program in ("prometheus", "promtool"):
-        subprocess.run([directory / program, "--version"], capture_output=True, check=True)
+def test_programs_are_where_the_verb_says_and_run_here() -> None:
+    for package, *command in (
+        ("prometheus", "prometheus", "--version"),
+        ("prometheus", "promtool", "--version"),
+        ("kubectl", "kubectl", "version", "--client"),
+    ):
+        directory = Path(lab(package).stdout.decode().strip())
+        subprocess.run([directory / command[0], *command[1:]], capture_output=True, check=True)
 
 
 def test_a_setup_without_a_network_ends_in_one_line_that_says_what_to_repeat(
@@ -224,7 +228,8 @@ def test_a_setup_without_a_network_ends_in_one_line_that_says_what_to_repeat(
     assert done.returncode == 125
     progress, last = done.stderr.decode().splitlines()
     assert progress.startswith("lab: reading package lists of ")
-    assert last.startswith("lab: could not fetch busybox, headers, prometheus, kublk, kernel new: ")
+    parts = "busybox, headers, kublk, prometheus, kubectl, kernel new"
+    assert last.startswith(f"lab: could not fetch {parts}: ")
     assert "Failed to fetch it" in last
     assert last.endswith("lab.py setup --kernel new")
     assert [path.name for path in cache.iterdir()] == ["lock"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -45,10 +44,11 @@ _OURS = _kernel(
 _MANY = _kernel("many")
 _UNITS = ("tests/kernel/systemd",)
 _SERVICE = ("tests/kernel/systemd/test_service.py",)
-# What `make deb`, `make image` and the README's lines for pip come to; the first two in guests.
+# What `make deb`, `make image` and the README's own lines come to; in guests where it takes one.
 _PACKAGE = ("tests/kernel/package",)
 _IMAGE = ("tests/kernel/container",)
 _INSTALL = "tests/test_install.py"
+_DEMO = "tests/test_demo.py"
 _REST = (
     "tests/kernel",
     *(f"--ignore={path}" for path in (*_LONG, *_OURS, *_MANY, *_UNITS, *_PACKAGE, *_IMAGE)),
@@ -140,8 +140,6 @@ class Count:
 
 
 def main() -> int:
-    # A shell ignores it for what runs in the background, and so would all that the tests start.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     count = Count()
     count.lint()
     if sys.argv[1:] != ["lint"]:
@@ -149,9 +147,11 @@ def main() -> int:
         guests = (*GUESTS, *(MORE_GUESTS if full else ()))
         with tempfile.TemporaryDirectory(prefix="ublkwatch-tests-", dir="/var/tmp") as name:
             results = Path(name)
+            if full:  # it has a time limit of its own: nothing beside it
+                count.pytest(_DEMO, [_DEMO], results)
             # One more at once than there are CPUs: a guest waits for a third of its time.
             with ThreadPoolExecutor(1 + (os.cpu_count() or 1)) as pool:
-                ours = ["tests", "--ignore=tests/kernel", f"--ignore={_INSTALL}"]
+                ours = ["tests", *(f"--ignore={it}" for it in ("tests/kernel", _INSTALL, _DEMO))]
                 here = [ours, ["lab"], *([[_INSTALL]] if full else ())]
                 runs = [pool.submit(count.pytest, it[0], it, results) for it in here]
                 runs += [

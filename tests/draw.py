@@ -252,6 +252,13 @@ def named(event: Event) -> str:
 
 def explore(policy: Policy, seen: Seen) -> None:
     """Find a record of each kind that can be reached under one policy, and what leads where."""
+    choices = {
+        ends: [
+            replace(policy, shutting_down=ends, on_exhausted=choice)
+            for choice in (policy.on_exhausted, *Exhausted)
+        ]
+        for ends in (False, True)
+    }
     start = (Record(dev_id=0, instance=INSTANCE), False)
     known, queue = {start}, deque([start])
     kinds: Counter[tuple[object, ...]] = Counter()
@@ -260,7 +267,7 @@ def explore(policy: Policy, seen: Seen) -> None:
         seen.records += 1
         for told in ALPHABET:
             ends = ending or isinstance(told.event, ShutdownBegun)
-            for after in answers(record, told, replace(policy, shutting_down=ends), seen):
+            for after in answers(record, told, choices[ends], seen):
                 node = (fold(after, told.after_s), ends)
                 if node in known:
                     continue
@@ -271,12 +278,10 @@ def explore(policy: Policy, seen: Seen) -> None:
                     queue.append(node)
 
 
-def answers(record: Record, told: Told, policy: Policy, seen: Seen) -> Iterator[Record]:
+def answers(record: Record, told: Told, choices: list[Policy], seen: Seen) -> Iterator[Record]:
     """Yield what a fact makes of a record; where that gives up, by every choice of the operator."""
-    for choice in (policy.on_exhausted, *Exhausted):
-        after, effects = answer(
-            record, told.event, told.after_s, replace(policy, on_exhausted=choice)
-        )
+    for policy in choices:
+        after, effects = answer(record, told.event, told.after_s, policy)
         if after == record and not effects:
             return
         seen.changes.add((record.phase, type(told.event)))

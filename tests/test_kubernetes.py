@@ -7,10 +7,12 @@ import json
 import re
 import shutil
 import socket
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import yaml
 
@@ -57,6 +59,16 @@ def test_every_manifest_is_yaml_and_used(path: Path) -> None:
             assert each.is_file() or (each / "kustomization.yaml").is_file(), each
     else:
         assert path in kustomization(path.parent)
+
+
+@pytest.mark.parametrize("overlay", ["base", "monitored", "unprivileged"])
+def test_kubectl_renders_it(overlay: str) -> None:
+    command = [str(programs.kubectl()), "kustomize", str(KUBERNETES / overlay)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    kinds = {thing["kind"] for thing in yaml.safe_load_all(done.stdout)}
+    assert {"Namespace", "ServiceAccount", "ConfigMap", "DaemonSet", "NetworkPolicy"} <= kinds
+    assert ("PodMonitor" in kinds) is (overlay == "monitored")
 
 
 def test_the_pods_configuration_is_one(tmp_path: Path) -> None:

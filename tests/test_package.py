@@ -12,8 +12,9 @@ from email import message_from_bytes
 from pathlib import Path, PurePosixPath
 
 import pytest
+import readme
 
-from ublkwatch import __version__, config
+from ublkwatch import __version__, config, service
 
 TOP = Path(__file__).parent.parent
 DEBIAN = TOP / "debian"
@@ -92,6 +93,19 @@ def test_the_debs_libraries_are_the_wheels() -> None:
     assert "${python3:Depends}" in control
     python = PROJECT["project"]["requires-python"].removeprefix(">=")
     assert f"python3 (>= {python})" in control
+
+
+def test_systemd_has_no_complaint_about_the_unit(tmp_path: Path) -> None:
+    path = tmp_path / service.NAME  # the program that the shipped one names is not installed here
+    path.write_text(service.unit(["/bin/true"]))
+    command = ["systemd-analyze", "verify", "--man=no", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_readmes_image_has_the_programs_version() -> None:
+    _, push, _ = readme.lines("make image")
+    assert re.findall(r"ublkwatch[-:]([0-9][0-9.]*[0-9])", push) == [__version__] * 2
 
 
 def test_the_debs_files_exist() -> None:

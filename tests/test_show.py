@@ -238,8 +238,9 @@ class Terminal:
         return self.text
 
     def end(self) -> tuple[str, int]:
-        """Return all that was shown, and the exit code."""
-        while self._read():
+        """Return all that was shown, and the exit code; one that goes on for ever fails."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline and self._read():
             pass
         return self.text, self.process.wait(PATIENCE_S)
 

@@ -10,7 +10,7 @@ suite=${SUITE:-trixie}
 cd "$(dirname "$0")/../.."
 [ "$(id -u)" = 0 ] || { echo "image: run this as root" >&2; exit 1; }
 missing=
-for program in buildah mmdebstrap podman crun; do  # the last two run it, in tests
+for program in buildah mmdebstrap podman crun skopeo; do  # the last three are for its use, and tests
     command -v "$program" >/dev/null || missing="$missing $program"
 done
 if [ "$missing" ]; then

@@ -7,79 +7,18 @@ The guest's root is the host's under an overlay: what dpkg does here is gone wit
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
+import readme
+from installed import CONFIG, STATE, TOP, alive, main_pid, patience, run, watched
 
 if TYPE_CHECKING:
     from conftest import Servers
-
-TOP = Path(__file__).parents[3]
-README = (TOP / "README.md").read_text()
-STATUS = Path("/run/ublkwatch/status.json")
-STATE = Path("/var/lib/ublkwatch")
-CONFIG = Path("/etc/ublkwatch/ublkwatch.toml")
-DEADLINE_S = 300.0
-
-
-def run(*command: str | Path) -> str:
-    """Run it as a shell of root's would; it must succeed."""
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=TOP,
-        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "DEBIAN_FRONTEND": "noninteractive"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}{journal()}"
-    return done.stdout.strip()
-
-
-def journal() -> str:
-    command = ["journalctl", "-q", "-o", "cat", "-u", "ublkwatch", "-n", "40"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {DEADLINE_S:g} s: {what}\n{journal()}")
-        time.sleep(0.2)
-
-
-def main_pid() -> int:
-    return int(run("systemctl", "show", "--value", "-p", "MainPID", "ublkwatch"))
-
-
-def device() -> dict[str, Any]:
-    """Return device 0 as the service that runs now has it; empty before it has written."""
-    try:
-        document = json.loads(STATUS.read_text())
-    except FileNotFoundError:
-        return {}
-    if document["supervisor_pid"] != main_pid():
-        return {}
-    return next((each for each in document["devices"] if each["dev_id"] == 0), {})
-
-
-def watched(recoveries: int) -> int:
-    """Wait until the device is well after so many recoveries, and return its server's pid."""
-    wanted = {"phase": "watching", "state": "LIVE", "recoveries": recoveries}
-    until(lambda: wanted.items() <= device().items(), f"watched after {recoveries} recoveries")
-    return int(device()["server_pid"])
-
-
-def alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}/exe").exists()
 
 
 @pytest.fixture
@@ -92,11 +31,9 @@ def deb() -> Path:
 
 def install_line() -> str:
     """Return the README's second line."""
-    first, second = re.findall(
-        r"^    (make deb\b.*|apt-get install .*\.deb)$", README, re.MULTILINE
-    )
+    first, second = readme.lines("make deb")
     assert first == "make deb"
-    return str(second)
+    return second
 
 
 def later(deb: Path, directory: Path) -> Path:
@@ -118,11 +55,9 @@ def later(deb: Path, directory: Path) -> Path:
 def dpkg() -> Iterator[Callable[..., str]]:
     """Run dpkg as on a machine whose administrator lets services start, and is not so slow."""
     Path("/usr/sbin/policy-rc.d").unlink(missing_ok=True)  # a container's has one that forbids it
-    drop_in = Path("/run/systemd/system/ublkwatch.service.d/test.conf")
-    drop_in.parent.mkdir(parents=True)
-    drop_in.write_text("[Service]\nWatchdogSec=120\nTimeoutStartSec=600\n")
-    yield lambda *words: run("dpkg", "--force-unsafe-io", *words)
-    run("dpkg", "--purge", "ublkwatch")
+    with patience():
+        yield lambda *words: run("dpkg", "--force-unsafe-io", *words)
+        run("dpkg", "--purge", "ublkwatch")
 
 
 @pytest.mark.timeout(1500)
