@@ -25,7 +25,7 @@ LINTS = {
     "mypy": ["-m", "mypy", "ublkwatch", "lab", "bench", *map(str, sorted(TOP.glob("tests/*.py")))],
     "mypy tests/kernel": ["-m", "mypy", "tests/kernel"],
 }
-KERNEL_TESTS_S = 7200
+KERNEL_TESTS_S = 4500
 OPTIONS = ("-q", "--tb=short", "--durations=5", "--durations-min=30")
 
 

@@ -122,7 +122,6 @@ class Inside(Supervisor):
         assert Client(self.home / "run").ask(Request(order, 0)).why == ""
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("no_block_errors")
 def test_it_recovers_whatever_hangs(
     server: Servers, stack: Stack, attach: Path, tmp_path: Path

@@ -174,7 +174,7 @@ def test_io_that_waits_ends_in_errors_where_the_operator_chose_so(
     assert failed["explanation"].startswith("given up and stopped, what waited ended in errors: ")
     wait_until(lambda: not Path("/dev/ublkb0").exists(), DEADLINE_S, "the disk is gone")
     assert control.info(0).state == DevState.DEAD
-    assert tagged() == set()
+    supervisor.until_tagged()
     assert ublkwatch(supervisor, "explain", "0") == Exit.OK
     told = capsys.readouterr().out
     assert "all of it has ended in errors; the disk is removed" in told
