@@ -162,6 +162,13 @@ def test_what_the_image_copies_is_there_and_not_ignored() -> None:
     for source in sources:
         assert (TOP / source).exists(), source
         assert f"\n!{source}\n" in ignored
+    # What the wheel takes from elsewhere: by pyproject.toml, or through a link of the package's.
+    wheel = tomllib.loads((TOP / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
+    needed = [TOP / name for name in wheel["wheel"]["shared-data"]]
+    needed += [path.resolve() for path in (TOP / "ublkwatch").rglob("*") if path.is_symlink()]
+    assert len(needed) > 3
+    for path in needed:
+        assert any(path.is_relative_to(TOP / source) for source in sources), path
 
 
 def test_the_profile_for_seccomp_has_what_is_needed() -> None:
