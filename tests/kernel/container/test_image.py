@@ -129,16 +129,19 @@ class Gate:
     def __init__(self, directory: Path) -> None:
         self._shut, self._waits = directory / "shut", directory / "waits"
         self.program = directory / "gate"
-        wait = f"echo $$ >{self._waits}; while [ -e {self._shut} ]; do sleep 0.2; done"
+        wait = f"[ -p {self._shut} ] && {{ echo $$ >{self._waits}; read -r go <{self._shut}; }}"
         self.program.write_text(f'#!/bin/sh\n{wait}\nexec "$@"\n')
         self.program.chmod(0o755)
 
     def shut(self) -> None:
-        self._shut.touch()
-        self._waits.unlink(missing_ok=True)
+        os.mkfifo(self._shut)
 
     def open(self) -> None:
+        """Let the server go that waits; it must be there."""
+        fifo = os.open(self._shut, os.O_WRONLY | os.O_NONBLOCK)
         self._shut.unlink()
+        os.write(fifo, b"go\n")
+        os.close(fifo)
 
     def waits(self) -> int:
         """Return the pid of the server that waits before it, once there is one; else 0."""
@@ -155,7 +158,9 @@ def configured(pod: Pod, directory: Path, command: list[str]) -> Pod:
     (base,) = pod.config_maps["ublkwatch"].values()
     path = directory / base.name
     device = f"[[device]]\ndev_id = 0\ncommand = {json.dumps(command)}\n"
-    recovery = "[recovery]\nprobation_s = 0.3\nready_timeout_s = 1200\n"  # the gate, emulated
+    recovery = "[recovery]\nprobation_s = 0.3\n"
+    for key in ("ready", "attach"):  # emulated, and behind a gate
+        recovery += f"{key}_timeout_s = 1200\n"
     path.write_text(f"{base.read_text()}\n{recovery}{device}")
     return replace(pod, config_maps={**pod.config_maps, "ublkwatch": {path.name: path}})
 
