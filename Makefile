@@ -79,6 +79,8 @@ image: .venv/.ready
 
 # Needs kubectl, node and npm, and 150 MB of schemas; so no part of the tests.
 manifests:
+	@for each in kubectl node npm; do \
+	    command -v $$each >/dev/null || { echo "manifests: $$each is missing" >&2; exit 1; }; done
 	@mkdir -p build && cp -r tests/manifests build
 	@cd build/manifests && python3 -m venv venv && venv/bin/pip install --quiet -r requirements.txt
 	@cd build/manifests && npm install --silent --no-audit --no-fund --no-package-lock

@@ -136,6 +136,20 @@ def test_the_pod_has_what_the_code_expects_where_it_expects_it(pod: Any, contain
     assert pod["automountServiceAccountToken"] is False
 
 
+def test_who_runs_it_by_hand_mounts_what_the_pod_has(pod: Any, container: Any) -> None:
+    page = (TOP / "docs/kubernetes.md").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^ +podman run (.+)$", page, re.MULTILINE)
+    outside = {each["name"]: each.get("hostPath", {}).get("path") for each in pod["volumes"]}
+    mounts = {
+        f"{path}:{each['mountPath']}" + ":ro" * each.get("readOnly", False)
+        for each in container["volumeMounts"]
+        if (path := outside[each["name"]])
+    }
+    configuration = f"{config.DEFAULT_PATH.parent}:{config.DEFAULT_PATH.parent}:ro"
+    assert set(re.findall(r"-v (\S+)", line)) == {*mounts, configuration}
+    assert {"--privileged", "--pid=host", f"ublkwatch:{__version__}"} < set(line.split())
+
+
 def test_images_have_the_version_of_the_project() -> None:
     image = f"ublkwatch:{__version__}"
     for path in ("base/daemonset.yaml", "unprivileged/daemonset.yaml"):
@@ -174,6 +188,13 @@ def test_what_the_image_copies_is_there_and_not_ignored() -> None:
     for source in sources:
         assert (TOP / source).exists(), source
         assert f"\n!{source}\n" in ignored
+    # What the wheel takes from elsewhere: by pyproject.toml, or through a link of the package's.
+    wheel = tomllib.loads((TOP / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]
+    needed = [TOP / name for name in wheel["wheel"]["shared-data"]]
+    needed += [path.resolve() for path in (TOP / "ublkwatch").rglob("*") if path.is_symlink()]
+    assert len(needed) > 3
+    for path in needed:
+        assert any(path.is_relative_to(TOP / source) for source in sources), path
 
 
 def test_the_profile_for_seccomp_has_what_is_needed() -> None:

@@ -10,11 +10,13 @@ suite=${SUITE:-trixie}
 cd "$(dirname "$0")/../.."
 [ "$(id -u)" = 0 ] || { echo "image: run this as root" >&2; exit 1; }
 missing=
-for program in buildah mmdebstrap podman crun skopeo; do  # the last three are for its use, and tests
-    command -v "$program" >/dev/null || missing="$missing $program"
+# Programs, and Debian's packages where these are called otherwise; the last four are for its use, and tests.
+for program in buildah mmdebstrap podman crun skopeo ip:iproute2; do
+    command -v "${program%:*}" >/dev/null || missing="$missing ${program#*:}"
 done
 if [ "$missing" ]; then
     echo "image: installing$missing" >&2
+    apt-get update -qq
     # shellcheck disable=SC2086 - a list of words
     DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --no-install-recommends $missing >/dev/null
 fi

@@ -54,72 +54,24 @@ def worker_of(pid: int) -> int:
     return worker
 
 
-class Supervisor:
-    """One configuration; start() and stop() may be repeated."""
+class Shown:
+    """What a daemon shows, wherever it runs: what it logs, and its runtime directory."""
 
-    def __init__(
-        self,
-        home: Path,
-        commands: dict[int, list[str]],
-        recovery: str = "",
-        command: tuple[str, ...] = (),
-        top: str = "",
-    ) -> None:
-        """``command`` is what is run instead of `ublkwatch run --config`, as long as it is set.
+    def __init__(self, runtime: Path, log: Path) -> None:
+        self.runtime = runtime
+        self.log = log
+        self.proc: subprocess.Popen[bytes] | None = None  # it, or what runs as long as it does
 
-        ``recovery`` is the rest of the [recovery] table, and more tables behind it; what it does
-        not say of PATIENCE is as that has it.
-        """
-        said = recovery.partition("[[")[0]
-        patience = "".join(
-            f"{key} = {value}\n" for key, value in PATIENCE.items() if key not in said
-        )
-        self.home = home
-        self.config = home / "ublkwatch.toml"
-        self.log = home / "ublkwatch.log"
-        self.command = command
-        self.proc: subprocess.Popen[bytes] | None = None
-        self.config.write_text(
-            f'runtime_dir = "{home}/run"\nstate_dir = "{home}/state"\npoll_interval_s = 0.5\n'
-            f"{top}\n[metrics]\nport = 0\n[recovery]\nprobation_s = 0.3\n{patience}{recovery}\n"
-            + "".join(
-                f"[[device]]\ndev_id = {dev_id}\ncommand = {json.dumps(command)}\n"
-                for dev_id, command in commands.items()
-            )
-        )
+    def pid(self) -> int | None:
+        """Return the daemon's pid; None while there is none."""
+        return None if self.proc is None else self.proc.pid
 
-    def start(self) -> Supervisor:
-        with self.log.open("ab") as log:
-            self.proc = subprocess.Popen(
-                [*(self.command or (*UBLKWATCH, "run", "--config")), str(self.config)], stderr=log
-            )
-        return self
-
-    def stop(self) -> None:
-        """SIGTERM; it must end in time, and well."""
+    def wait(self) -> int:
+        """Wait until it has ended, and return its exit status."""
         assert self.proc is not None
-        self.proc.terminate()
-        assert self.proc.wait(DEADLINE_S) == 0, self.said()
+        status = self.proc.wait(DEADLINE_S)
         self.proc = None
-
-    def reload(self) -> None:
-        """SIGHUP."""
-        assert self.proc is not None
-        self.proc.send_signal(signal.SIGHUP)
-
-    def order(self, verb: str, *words: str) -> None:
-        """Run another verb of ublkwatch's; it must succeed."""
-        command = [*UBLKWATCH, verb, "--config", str(self.config), *words]
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=DEADLINE_S, check=False
-        )
-        assert done.returncode == 0, done.stderr + self.said()
-
-    def kill(self) -> None:
-        if self.proc is not None:
-            self.proc.kill()
-            self.proc.wait(DEADLINE_S)
-            self.proc = None
+        return status
 
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
@@ -133,8 +85,8 @@ class Supervisor:
     def status(self) -> dict[str, Any]:
         """Return the document of the daemon that runs now; empty before it wrote one."""
         with contextlib.suppress(FileNotFoundError):
-            document: dict[str, Any] = json.loads((self.home / "run/status.json").read_text())
-            if self.proc is not None and document["supervisor_pid"] == self.proc.pid:
+            document: dict[str, Any] = json.loads((self.runtime / "status.json").read_text())
+            if document["supervisor_pid"] == self.pid():
                 return document
         return {"devices": []}
 
@@ -228,3 +180,69 @@ class Supervisor:
         )
         assert after["server_pid"] != before["server_pid"]
         return after
+
+
+class Supervisor(Shown):
+    """One configuration; start() and stop() may be repeated."""
+
+    def __init__(
+        self,
+        home: Path,
+        commands: dict[int, list[str]],
+        recovery: str = "",
+        command: tuple[str, ...] = (),
+        top: str = "",
+    ) -> None:
+        """``command`` is what is run instead of `ublkwatch run --config`, as long as it is set.
+
+        ``recovery`` is the rest of the [recovery] table, and more tables behind it; what it does
+        not say of PATIENCE is as that has it.
+        """
+        said = recovery.partition("[[")[0]
+        patience = "".join(
+            f"{key} = {value}\n" for key, value in PATIENCE.items() if key not in said
+        )
+        super().__init__(home / "run", home / "ublkwatch.log")
+        self.home = home
+        self.config = home / "ublkwatch.toml"
+        self.command = command
+        self.config.write_text(
+            f'runtime_dir = "{home}/run"\nstate_dir = "{home}/state"\npoll_interval_s = 0.5\n'
+            f"{top}\n[metrics]\nport = 0\n[recovery]\nprobation_s = 0.3\n{patience}{recovery}\n"
+            + "".join(
+                f"[[device]]\ndev_id = {dev_id}\ncommand = {json.dumps(command)}\n"
+                for dev_id, command in commands.items()
+            )
+        )
+
+    def start(self) -> Supervisor:
+        with self.log.open("ab") as log:
+            self.proc = subprocess.Popen(
+                [*(self.command or (*UBLKWATCH, "run", "--config")), str(self.config)], stderr=log
+            )
+        return self
+
+    def stop(self) -> None:
+        """SIGTERM; it must end in time, and well."""
+        assert self.proc is not None
+        self.proc.terminate()
+        assert self.wait() == 0, self.said()
+
+    def reload(self) -> None:
+        """SIGHUP."""
+        assert self.proc is not None
+        self.proc.send_signal(signal.SIGHUP)
+
+    def order(self, verb: str, *words: str) -> None:
+        """Run another verb of ublkwatch's; it must succeed."""
+        command = [*UBLKWATCH, verb, "--config", str(self.config), *words]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        )
+        assert done.returncode == 0, done.stderr + self.said()
+
+    def kill(self) -> None:
+        if self.proc is not None:
+            self.proc.kill()
+            self.proc.wait(DEADLINE_S)
+            self.proc = None

@@ -1,78 +1,44 @@
-r"""The image under podman, with the real driver: what it can do there, and what it says it lacks.
+r"""The image under podman, run as the DaemonSet says, with the real driver and the host's systemd.
 
 After `make image`: lab/lab.py run --kernel new --init systemd --timeout 1800 -- \
     .venv/bin/python -m pytest tests/kernel/container
+
+What podman is told comes from deploy/kubernetes, by pod.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-import yaml
+from conftest import wait_until
+from kubelet import Podman, Running, network
+from pod import Node, Pod
 from supervisor import DEADLINE_S, SERVER, Supervisor
 
 from ublkwatch import __version__
 from ublkwatch.units import SLICE
 
 if TYPE_CHECKING:
-    from conftest import Servers
+    from conftest import Load, Servers
 
 TOP = Path(__file__).parents[3]
 ARCHIVE = TOP / f"build/ublkwatch-{__version__}.oci.tar"
-IMAGE = f"localhost/ublkwatch:{__version__}"
-UNPRIVILEGED = TOP / "deploy/kubernetes/unprivileged"
+CONFIG = Path("ublkwatch/ublkwatch.toml")
+RUNTIME, STATE = Path("/run/ublkwatch"), Path("/var/lib/ublkwatch")
 LOAD_S = 600.0  # emulated, it takes a minute and a half
-RUN_S = 300.0  # emulated, and on a disk in memory, 20 s
-SYSTEMD = ("--volume=/run/dbus:/run/dbus:ro", "--volume=/run/systemd/system:/run/systemd/system:ro")
-HOST = ("--pid=host", *SYSTEMD)
+RUN_S = 300.0
+ELSEWHERE, LOCKED = 73, "another ublkwatch runs on this host"
 
 # An emulated guest has no time for a second one.
 pytestmark = pytest.mark.timeout(1800)
-
-
-def capabilities() -> list[str]:
-    """Return those of the overlay without privileges."""
-    overlay = yaml.safe_load((UNPRIVILEGED / "daemonset.yaml").read_text())
-    (container,) = overlay["spec"]["template"]["spec"]["containers"]
-    found: list[str] = container["securityContext"]["capabilities"]["add"]
-    return found
-
-
-PRIVILEGED = ("--privileged", "--volume=/dev:/dev", *HOST)
-EXACT = (
-    *("--cap-drop=all", f"--cap-add={','.join(capabilities())}", "--device=/dev/ublk-control"),
-    *("--read-only", f"--security-opt=seccomp={UNPRIVILEGED / 'seccomp.json'}", *HOST),
-)
-
-
-class Podman:
-    """podman, with storage of its own in memory."""
-
-    def __init__(self, home: Path) -> None:
-        self._options = (
-            *("--root", str(home / "storage"), "--runroot", str(home / "run")),
-            *("--storage-driver=vfs", "--cgroup-manager=cgroupfs", "--events-backend=none"),
-        )
-
-    def command(self, *arguments: str) -> tuple[str, ...]:
-        return ("podman", *self._options, *arguments)
-
-    def run(self, *options: str) -> tuple[str, ...]:
-        return self.command("run", "--rm", "--network=none", *options, IMAGE)
-
-    def __call__(self, *arguments: str, timeout_s: float = RUN_S) -> str:
-        done = subprocess.run(
-            self.command(*arguments), capture_output=True, text=True, timeout=timeout_s, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
 
 @pytest.fixture(scope="session")
@@ -84,139 +50,230 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Podman:
     return found
 
 
-# --- what is missing is said ---------------------------------------------------------------------
+@pytest.fixture(scope="session", autouse=True)
+def pod_network() -> Iterator[None]:
+    with network():
+        yield
 
-WITHOUT_CAPABILITIES = ("--cap-drop=all", *(each for each in EXACT if "--cap" not in each))
-RUNTIME = "--volume=/run/ublkwatch:/run/ublkwatch"
-STATE = "--tmpfs=/var/lib/ublkwatch"
+
+# --- what is missing is said ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("options", "missing"),
+    ("overlay", "without", "instead", "missing"),
     [
+        ("base", ("--pid=",), (), {"pid namespace": "not the host's"}),
         (
+            "base",
+            ("--volume=/run/",),
+            ("--tmpfs=/run/ublkwatch",),
+            {"launcher": "systemd is process 1, and not to be seen"},
+        ),
+        (
+            "base",
+            ("--volume=/run/ublkwatch:",),
+            ("--tmpfs=/run/ublkwatch",),
+            {"directories": "/run/ublkwatch is another one for servers"},
+        ),
+        (
+            "unprivileged",
+            ("--device=", "--security-opt=seccomp="),
             (),
             {
                 "node": "is missing, though the driver is loaded",
-                "capability": "no CAP_SYS_ADMIN",
                 "io_uring": "by a seccomp filter",
-                "pid namespace": "not the host's",
             },
         ),
         (
-            ("--cap-add=SYS_ADMIN,SYS_PTRACE", "--pid=host"),
-            {
-                "node": "is missing, though the driver is loaded",
-                "io_uring": "by a seccomp filter",
-                "launcher": "systemd is process 1, and not to be seen",
-            },
-        ),
-        (("--privileged",), {"pid namespace": "not the host's"}),
-        (
-            (*WITHOUT_CAPABILITIES, RUNTIME, STATE),
+            "unprivileged",
+            ("--cap-add=", "--security-opt=seccomp="),
+            ("--security-opt=seccomp=unconfined",),
             {"capability": "no CAP_SYS_ADMIN", "directories": "nobody can judge"},
         ),
-        (PRIVILEGED, {"directories": "/run/ublkwatch is another one for servers"}),
-        ((*PRIVILEGED, RUNTIME), {}),
-        ((*EXACT, RUNTIME, STATE), {}),
     ],
+    ids=["pids", "systemd", "runtime", "device-seccomp", "capabilities"],
 )
-def test_the_doctor_says_what_a_container_lacks(
-    podman: Podman, options: tuple[str, ...], missing: dict[str, str]
+def test_the_doctor_says_what_a_pod_lacks(
+    podman: Podman,
+    tmp_path: Path,
+    *,
+    overlay: str,
+    without: tuple[str, ...],
+    instead: tuple[str, ...],
+    missing: dict[str, str],
 ) -> None:
-    Path("/run/ublkwatch").mkdir(exist_ok=True)
-    command = [*podman.run(*options), "doctor", "--json"]
+    pod = Pod.of(overlay)
+    *options, image, verb = Node(pod, tmp_path).options(pod.container)
+    assert verb == "run"
+    kept = [each for each in options if not each.startswith(without)]
+    assert len(kept) < len(options)
+    command = podman.command(
+        *("run", "--rm", "--network=none", *kept, *instead, image), "doctor", "--json"
+    )
     done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_S, check=False)
     assert done.stdout, done.stderr
     found = json.loads(done.stdout)["findings"]
     bad = {each["about"]: each["what"] for each in found if each["level"] == "bad"}
     assert bad.pop("daemon") == "ublkwatch is not running: no crash is recovered"
-    assert bad.keys() == missing.keys() - {"launcher"}, bad
-    said = {each["about"]: each["what"] for each in found if each["level"] == "warn"} | bad
+    assert bad.keys() == missing.keys(), bad
     for about, what in missing.items():
-        assert what in said[about]
+        assert what in bad[about]
 
 
-# --- recovery ------------------------------------------------------------------------------------
+# --- what becomes of servers, and of I/O ---------------------------------------------------------
 
 
-class Pod(Supervisor):
-    """`ublkwatch run` in a container."""
+class Gate:
+    """A program of the host's that starts the server; while it is shut, no server comes up."""
 
-    def __init__(self, podman: Podman, home: Path, options: tuple[str, ...]) -> None:
-        command = [*SERVER, "--target", "null", "--run-dir="]
-        super().__init__(home, {0: command}, top='launcher = "systemd"')
-        self._podman, self._options = podman, (*options, f"--volume={home}:{home}")
-        self._starts = 0
+    def __init__(self, directory: Path) -> None:
+        self._shut, self._waits = directory / "shut", directory / "waits"
+        self.program = directory / "gate"
+        wait = f"[ -p {self._shut} ] && {{ echo $$ >{self._waits}; read -r go <{self._shut}; }}"
+        self.program.write_text(f'#!/bin/sh\n{wait}\nexec "$@"\n')
+        self.program.chmod(0o755)
 
-    def start(self) -> Pod:
-        self._starts += 1
-        name = f"--name=ublkwatch-{self._starts}"
-        self.command = (*self._podman.run(name, *self._options), "run", "--config")
-        super().start()
-        return self
+    def shut(self) -> None:
+        os.mkfifo(self._shut)
 
-    def status(self) -> dict[str, Any]:
-        with contextlib.suppress(FileNotFoundError):
-            document: dict[str, Any] = json.loads((self.home / "run/status.json").read_text())
-            if "run" in cmdline(document["supervisor_pid"]):
-                return document
-        return {"devices": []}
+    def open(self) -> None:
+        """Let the server go that waits; it must be there."""
+        fifo = os.open(self._shut, os.O_WRONLY | os.O_NONBLOCK)
+        self._shut.unlink()
+        os.write(fifo, b"go\n")
+        os.close(fifo)
 
-    def kill(self) -> None:
-        """SIGKILL to all that is in the container, as when a pod is ended by force."""
-        if self.proc is not None:
-            if self.proc.poll() is None:
-                self._podman("kill", f"ublkwatch-{self._starts}")
-            self.proc.wait(DEADLINE_S)
-            self.proc = None
-
-
-def cmdline(pid: int) -> list[str]:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-    return []
+    def waits(self) -> int:
+        """Return the pid of the server that waits before it, once there is one; else 0."""
+        return int(self._waits.read_text() or 0) if self._waits.exists() else 0
 
 
 @pytest.fixture
-def pods() -> Iterator[Callable[[Pod], Pod]]:
-    started: list[Pod] = []
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path)
 
-    def start(pod: Pod) -> Pod:
-        started.append(pod)
-        return pod.start()
 
-    yield start
-    for pod in started:
-        pod.kill()
+def configured(pod: Pod, directory: Path, command: list[str]) -> Pod:
+    """Return the pod with that command for device 0, in a configuration of its own."""
+    (base,) = pod.config_maps["ublkwatch"].values()
+    path = directory / base.name
+    device = f"[[device]]\ndev_id = 0\ncommand = {json.dumps(command)}\n"
+    recovery = "[recovery]\nprobation_s = 0.3\n"
+    for key in ("ready", "attach"):  # emulated, and behind a gate
+        recovery += f"{key}_timeout_s = 1200\n"
+    path.write_text(f"{base.read_text()}\n{recovery}{device}")
+    return replace(pod, config_maps={**pod.config_maps, "ublkwatch": {path.name: path}})
+
+
+@pytest.fixture(params=["base", "unprivileged"])
+def pod(
+    request: pytest.FixtureRequest, podman: Podman, server: Servers, gate: Gate, tmp_path: Path
+) -> Iterator[Running]:
+    command = [str(gate.program), *SERVER, *server.target("loop")]
+    running = Running(podman, configured(Pod.of(request.param), tmp_path, command), tmp_path)
+    yield running
+    running.end()
     for group in Path("/sys/fs/cgroup").glob(f"*/{SLICE}"):
         (group / "cgroup.kill").write_text("1")
+    for directory in (RUNTIME, STATE):
+        subprocess.run(["find", directory, "-mindepth", "1", "-delete"], check=True)
 
 
-@pytest.mark.parametrize("options", [PRIVILEGED, EXACT], ids=["privileged", "exact"])
-def test_servers_are_recovered_and_outlive_the_pod(
-    podman: Podman,
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}/exe").exists()
+
+
+def test_servers_and_io_outlive_the_pod(
+    pod: Running,
     server: Servers,
-    pods: Callable[[Pod], Pod],
-    tmp_path: Path,
-    options: tuple[str, ...],
+    gate: Gate,
+    fio: Load,
+    no_block_errors: None,  # noqa: ARG001
 ) -> None:
-    reference = server()
-    pod = pods(Pod(podman, tmp_path, options))
+    reference = server(target="loop")
+    pod.start()
     pod.watching()
-    reference.kill()
-    after = pod.until("recovered", phase="watching", state="LIVE", recoveries=1)
-    pid = after["server_pid"]
-    assert f"/{SLICE}/" in Path(f"/proc/{pid}/cgroup").read_text()
-    assert os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/1/ns/mnt")  # noqa: PTH115
+    assert pod.well("startup")
+    wait_until(lambda: pod.well("readiness"), DEADLINE_S, "the pod is ready")
+    assert pod.well("liveness")
+    found = json.loads(pod.exec("ublkwatch", "doctor", "--json"))["findings"]
+    assert [each for each in found if each["level"] == "bad"] == []
 
-    pod.kill()
-    assert cmdline(pid), "a pod's end by force ends no server"
+    load = fio(verify_backlog=64, time_based=1, runtime=3600, rate_iops=100)
+    load.wait_progress()
+    reference.kill()
+    first = pod.until("recovered", phase="watching", state="LIVE", recoveries=1)["server_pid"]
+    assert f"/{SLICE}/" in Path(f"/proc/{first}/cgroup").read_text()
+    assert os.readlink(f"/proc/{first}/ns/mnt") == os.readlink("/proc/1/ns/mnt")  # noqa: PTH115
+
+    # A roll: in order, in time, and no request waits for it.
+    assert pod.stop() == 0, pod.said()
+    assert alive(first)
+    load.wait_progress()
     pod.start()
-    assert pod.watching()["server_pid"] == pid
-    pod.stop()
-    assert cmdline(pid), "nor does a pod's end in order"
+    now = pod.watching()
+    assert (now["server_pid"], now["recoveries"]) == (first, 1)
+    load.wait_progress()
+
+    # An eviction that leaves no time; a crash meanwhile waits for the next pod.
+    pod.stop(grace_s=1)
+    assert alive(first)
+    os.kill(first, signal.SIGKILL)
     pod.start()
-    before = pod.kill_server()
-    after = pod.recovered(before)
-    assert after["server_pid"] != pid
+    second = pod.until("recovered", phase="watching", state="LIVE", recoveries=2)["server_pid"]
+    load.wait_progress()
+
+    # The pod is killed amid a recovery: the next one goes on, with the server that was started.
+    gate.shut()
+    os.kill(second, signal.SIGKILL)
+    wait_until(lambda: bool(gate.waits()), DEADLINE_S, "the new server is started")
+    third = gate.waits()
+    pod.die()
+    assert alive(third)
+    pod.start()
+    wait_until(lambda: pod.device() is not None, DEADLINE_S, "the next pod has looked")
+    gate.open()
+    now = pod.until("recovered", phase="watching", state="LIVE", recoveries=3)
+    assert now["server_pid"] == third, pod.said()
+    load.wait_progress()
+    load.interrupt()
+    load.report()
+
+    (device,) = json.loads(pod.exec("ublkwatch", "status", "-o", "json"))["devices"]
+    assert (device["dev_id"], device["phase"], device["recoveries"]) == (0, "watching", 3)
+
+    def kept() -> int:
+        history = json.loads(pod.exec("ublkwatch", "history", "--json"))["history"]
+        return sum(entry["kind"] == "recovery" for entry in history)
+
+    wait_until(lambda: kept() == 3, DEADLINE_S, "the history is that of all pods: the node's")
+
+
+# --- one node has one ----------------------------------------------------------------------------
+
+
+def test_a_second_one_on_the_node_is_refused(
+    pod: Running,
+    podman: Podman,
+    tmp_path: Path,
+    server: Servers,
+    watch: Callable[..., Supervisor],
+) -> None:
+    server(target="loop")
+    hosts = watch({})
+    wait_until(lambda: hosts.device() is not None, DEADLINE_S, "the host's own has looked")
+    pod.start()
+    assert pod.wait() == ELSEWHERE, pod.said()
+    assert LOCKED in pod.said()
+    hosts.stop()
+
+    pod.start()
+    pod.watching()
+    hosts.start()
+    assert hosts.wait() == ELSEWHERE
+    assert hosts.said().count(LOCKED) == 1
+    other = Running(podman, pod.pod, tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    assert other.start().wait() == ELSEWHERE
+    assert "/run/ublkwatch/lock is held" in other.said()
+    pod.watching()
