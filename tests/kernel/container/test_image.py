@@ -19,7 +19,7 @@ import yaml
 from supervisor import DEADLINE_S, SERVER, Supervisor
 
 from ublkwatch import __version__
-from ublkwatch.units import SLICE
+from ublkwatch.transient import SLICE
 
 if TYPE_CHECKING:
     from conftest import Servers
@@ -189,7 +189,7 @@ def pods() -> Iterator[Callable[[Pod], Pod]]:
     yield start
     for pod in started:
         pod.kill()
-    for group in Path("/sys/fs/cgroup").glob(f"*/{SLICE}"):
+    for group in Path("/sys/fs/cgroup").glob(f"{SLICE}/ublkwatch-*"):
         (group / "cgroup.kill").write_text("1")
 
 
