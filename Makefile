@@ -24,7 +24,7 @@ demo: setup
 test: setup
 	@$(PYTHON) -m tests
 
-test-full: setup lintian deb image
+test-full: setup lintian deb image build/trixie
 	@$(PYTHON) -m tests full
 
 lint: .venv/.ready
@@ -57,6 +57,15 @@ deb:
 lintian:
 	@command -v lintian >/dev/null || { apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --no-install-recommends lintian; }
+
+# Debian 13 with what the tests need there, since its systemd is a newer one: as root.
+build/trixie:
+	@command -v mmdebstrap >/dev/null || \
+	    DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --no-install-recommends mmdebstrap
+	@mkdir -p build && rm -rf $@.new
+	@mmdebstrap --quiet --variant=essential --include=systemd-sysv,dbus,kmod \
+	    --include=python3-jeepney,python3-prometheus-client,python3-psutil,python3-pyroute2 trixie $@.new
+	@mv $@.new $@
 
 # Needs node and npm, which nothing else here does; so no part of the tests.
 dashboard-types:

@@ -1,8 +1,8 @@
 """The guest's side: the initramfs with its two scripts, and the job that they run.
 
-The first script builds the root that the command sees: the host's, read-only over 9p, under an
-overlay in memory. The second runs the job there and tells its progress: as process 1, or as a
-service of the systemd that is.
+The first script builds the root that the command sees: the host's, or another one, read-only over
+9p, under an overlay in memory. The second runs the job there and tells its progress: as process 1,
+or as a service of the systemd that is.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ mount -t overlay -o lowerdir=/lower,upperdir=/upper/data,workdir=/upper/work ove
 . /job/directory
 keep=
 case $directory/ in /tmp/*|/var/tmp/*|/run/*)
-    mkdir /keep && mount --bind "/root$directory" /keep && keep=1 ;;
+    mkdir /keep && [ -d "/root$directory" ] && mount --bind "/root$directory" /keep && keep=1 ;;
 esac
 mkdir -p /root/proc /root/sys /root/dev /root/run /root/tmp /root/var/tmp
 mount -t tmpfs -o mode=755,nosuid,nodev tmpfs /root/run
@@ -75,7 +75,7 @@ hostname ublkwatch-lab
 ifconfig lo 127.0.0.1 up
 
 mkdir /root/run/lab
-cp -r /bin/busybox /job/main /job/command /job/flush /root/run/lab
+cp -r /bin/busybox /job/main /job/command /job/flush /job/end /root/run/lab
 . /job/init
 """
 INITS: Final[Mapping[str, str]] = {
@@ -115,7 +115,11 @@ echo started >&3
 $box setsid $box sh command </dev/null >out 2>err 3>&- &
 wait $!
 echo "exit $?" >&3
-# What the command left behind would keep the pipes open. Kernel threads take no notice.
+. ./end
+"""
+# How a guest ends behind its command: at once, or as a machine does.
+END: Final = r"""# What the command left behind would keep the pipes open.
+# Kernel threads take no notice.
 for process in /proc/[0-9]*; do
     process=${process#/proc/}
     case " $spared " in *" $process "*) ;; *) kill -9 "$process" 2>/dev/null ;; esac
@@ -125,6 +129,7 @@ wait
 echo done >&3
 exec $box poweroff -f
 """
+SHUTDOWN: Final = "exec systemctl poweroff\n"
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,7 @@ class Job:
     environment: Mapping[str, str]
     writable: tuple[str, ...] = ()
     init: str = "busybox"
+    shutdown: bool = False
 
     def files(self) -> dict[str, str]:
         """Return the job as shell scripts; quoting carries every byte that an argument can hold."""
@@ -152,6 +158,7 @@ class Job:
             "command": f"cd {shlex.quote(self.directory)} || exit {EXIT_LAB}\nexec {run}\n",
             "flush": "".join(f"$box sync -f {shlex.quote(p)}\n" for p in self.writable),
             "main": STAGE2,
+            "end": SHUTDOWN if self.shutdown else END,
             "init": INITS[self.init],
             **{f"systemd/{name}": text for name, text in systemd.FILES.items()},
         }

@@ -76,6 +76,10 @@ def build_parser() -> Parser:
     run.add_argument(
         "--init", choices=tuple(INITS), help="process 1 of the guest (default: busybox, a script)"
     )
+    run.add_argument(
+        "--shutdown", action="store_true", help="end the guest as its systemd shuts a machine down"
+    )
+    run.add_argument("--root", default="/", metavar="DIR", help="boot on that root, not the host's")
     run.add_argument("--host", action="store_true", help="no guest: this host has the driver")
     return parser
 
@@ -93,6 +97,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     if options.verb == "run":
         if options.host and options.init:
             parser.error("--init is a guest's; --host runs under this machine's own")
+        if options.shutdown and options.init != "systemd":
+            parser.error("--shutdown is what a systemd does: --init systemd")
         options.init = options.init or "busybox"
     options.command = command
     return options

@@ -32,6 +32,9 @@ from kernels import Kernel
 HASTE_MAX: Final = 2.0
 # After the command's end: how long the guest may stay silent while it flushes and relays the rest.
 DRAIN_SECONDS: Final = 60.0
+# How long a shutdown may take: longer than systemd waits for one unit that hangs (90 s).
+SHUTDOWN_SECONDS: Final = 300.0
+POWERED_OFF: Final = b"reboot: Power down"
 CONSOLE_KEPT: Final = 1 << 20
 
 
@@ -69,6 +72,7 @@ class Plan:
     kernel: Kernel
     machine: Machine
     job: Job
+    root: str = "/"
 
     @property
     def home(self) -> Path:
@@ -85,6 +89,11 @@ class Outcome:
     late: bool = False
     hasty: bool = False  # its clock runs too fast
     console: bytearray = field(default_factory=bytearray)
+
+    @property
+    def powered_off(self) -> bool:
+        """Tell whether the guest's kernel was asked to end it, and did."""
+        return not self.late and POWERED_OFF in self.console
 
 
 KERNEL_OPTIONS: Final = (
@@ -112,7 +121,7 @@ def qemu_command(plan: Plan, initramfs: int, channels: Mapping[Channel, int]) ->
     ).split()
     command += ["-kernel", str(plan.home / plan.kernel.image), "-initrd", f"/dev/fd/{initramfs}"]
     command += ["-append", KERNEL_OPTIONS]
-    shares = [("root", "/"), ("modules", str(plan.home / plan.kernel.modules))]
+    shares = [("root", plan.root), ("modules", str(plan.home / plan.kernel.modules))]
     for tag, path in shares:
         command += share(tag, path, "security_model=none,readonly=on")
     for number, path in enumerate(plan.job.writable):
@@ -165,6 +174,7 @@ class Guest:
         self.run_seconds = run_seconds
         self.console = console
         self.deadline = 0.0
+        self.ending_seconds = DRAIN_SECONDS
         self.ticked = 0.0
         self.answer: Callable[[bytes], object] = bytes
         self.control = b""
@@ -172,6 +182,8 @@ class Guest:
 
     def run(self, plan: Plan) -> Outcome:
         """Boot, relay, and end the guest."""
+        if plan.job.shutdown:
+            self.ending_seconds = SHUTDOWN_SECONDS
         with contextlib.ExitStack() as stack:
             pairs = {channel: socket.socketpair() for channel in Channel}
             for ours, theirs in pairs.values():
@@ -255,7 +267,7 @@ class Guest:
         else:
             write_all(int(channel), data)  # the channel's number is the descriptor's
             if self.outcome.stage is Stage.ENDING:
-                self.deadline = self.clock() + DRAIN_SECONDS
+                self.deadline = self.clock() + self.ending_seconds
 
     def obey(self, line: str) -> None:
         """Follow the guest's progress."""
@@ -272,7 +284,7 @@ class Guest:
         elif word == "exit":
             self.outcome.stage = Stage.ENDING
             self.outcome.status = int(rest)
-            self.deadline = self.clock() + DRAIN_SECONDS
+            self.deadline = self.clock() + self.ending_seconds
         elif word == "done":
             self.finished = True
 

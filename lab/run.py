@@ -20,7 +20,7 @@ from base import EXIT_LAB, EXIT_TIMEOUT, LabError, cache_directory, me, say, sta
 from fetch import install_command, missing_packages
 from initramfs import Job
 from kernels import Kernel, need_kernel
-from machine import Guest, Machine, Outcome, Plan, Stage, die_with
+from machine import SHUTDOWN_SECONDS, Guest, Machine, Outcome, Plan, Stage, die_with
 
 BOOT_ATTEMPTS: Final = 3
 BOOT_SECONDS: Final = 240.0  # it takes some 10, and ten times as long beside other guests
@@ -90,13 +90,21 @@ def run_in_guest(options: argparse.Namespace) -> int:
     if not (cache / "busybox").is_file():
         raise LabError(f"busybox is not in {cache}; get it: {me()} setup")
     machine = Machine(accelerator(cache, kernel), options.cpus, options.memory)
-    writable = tuple(dict.fromkeys(writable_directory(path) for path in options.rw))
-    job = Job(tuple(options.command), str(Path.cwd()), guest_environment(), writable, options.init)
+    writable = tuple(dict.fromkeys(existing_directory("--rw", path) for path in options.rw))
+    job = Job(
+        tuple(options.command),
+        str(Path.cwd()),
+        guest_environment(),
+        writable,
+        options.init,
+        options.shutdown,
+    )
+    root = existing_directory("--root", options.root)
     with contextlib.ExitStack() as stack:
         console = None
         if options.console:
             console = stack.enter_context(open_console(options.console)).fileno()
-        return boot(Plan(cache, kernel, machine, job), options.timeout, console)
+        return boot(Plan(cache, kernel, machine, job, root), options.timeout, console)
 
 
 def boot(plan: Plan, timeout: float, console: int | None) -> int:
@@ -106,7 +114,7 @@ def boot(plan: Plan, timeout: float, console: int | None) -> int:
         say(f"booting {plan.kernel.release} ({machine.accelerator}, {machine.cpus} cpus)")
         outcome = Guest(BOOT_SECONDS, timeout, console).run(plan)
         if outcome.stage is not Stage.BOOTING:
-            return verdict(outcome, timeout)
+            return verdict(plan, outcome, timeout)
         if outcome.hasty:
             how = "has a clock that runs too fast"
         else:
@@ -116,11 +124,15 @@ def boot(plan: Plan, timeout: float, console: int | None) -> int:
     return EXIT_LAB
 
 
-def verdict(outcome: Outcome, timeout: float) -> int:
+def verdict(plan: Plan, outcome: Outcome, timeout: float) -> int:
     """Turn a started guest's end into an exit status."""
-    if outcome.status is not None:
+    if outcome.status is not None and (outcome.powered_off or not plan.job.shutdown):
         return outcome.status
     show_console(outcome.console)
+    if outcome.status is not None:
+        how = f"hung in it for {SHUTDOWN_SECONDS:g} s" if outcome.late else "died in it"
+        say(f"the guest was to shut down, and {how}; the command's status was {outcome.status}")
+        return EXIT_TIMEOUT if outcome.late else EXIT_LAB
     if outcome.late:
         say(f"the command was still running after {timeout:g} s; the guest was killed")
         return EXIT_TIMEOUT
@@ -128,10 +140,10 @@ def verdict(outcome: Outcome, timeout: float) -> int:
     return EXIT_LAB
 
 
-def writable_directory(path: str) -> str:
-    """Check a --rw directory and return its absolute path."""
+def existing_directory(option: str, path: str) -> str:
+    """Check a directory that an option names and return its absolute path."""
     if not Path(path).is_dir():
-        raise LabError(f"--rw {path}: not a directory")
+        raise LabError(f"{option} {path}: not a directory")
     return str(Path(path).resolve())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from base import cache_directory
 from machine import Guest, Stage
 
 LAB = Path(__file__).with_name("lab.py")
@@ -102,6 +104,34 @@ def test_a_command_under_systemd_that_takes_too_long_is_killed() -> None:
     assert done.returncode == 124
     assert done.stdout == b"up\n"
     assert b"still running after 30 s" in done.stderr
+
+
+def test_a_guest_may_be_shut_down_as_a_machine_is(tmp_path: Path) -> None:
+    """What its units do then is done, and the command's status is the lab's."""
+    keep = f"ExecStop=/bin/sh -c 'echo stopped >{tmp_path}/kept'"
+    script = f'systemd-run -q -p RemainAfterExit=yes -p "{keep}" true; echo up; exit 7'
+    arguments = ("run", "--init", "systemd", "--shutdown", "--rw", str(tmp_path))
+    done = lab(*arguments, "--", "/bin/sh", "-c", script)
+    assert done.returncode == 7, done.stderr.decode()
+    assert done.stdout == b"up\n"
+    assert (tmp_path / "kept").read_text() == "stopped\n"
+
+
+def test_a_guest_that_dies_while_it_is_shut_down_is_no_success() -> None:
+    crash = "ExecStop=/bin/sh -c 'echo c >/proc/sysrq-trigger'"
+    script = f'systemd-run -q -p RemainAfterExit=yes -p "{crash}" true'
+    done = lab("run", "--init", "systemd", "--shutdown", "--", "/bin/sh", "-c", script)
+    assert done.returncode == 125
+    assert b"the guest was to shut down, and died in it" in done.stderr
+
+
+def test_the_root_may_be_another_one(tmp_path: Path) -> None:
+    (tmp_path / "usr/bin").mkdir(parents=True)
+    shutil.copy(cache_directory() / "busybox", tmp_path / "usr/bin/env")
+    (tmp_path / "here").write_text("another root\n")
+    command = ("/run/lab/busybox", "cat", "/here")
+    done = lab("run", "--root", str(tmp_path), "--", *command, cwd=Path("/"))
+    assert done.stdout == b"another root\n", done.stderr.decode()
 
 
 def test_a_guest_writes_what_it_was_given_and_nothing_else(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ _PACKAGE = ("tests/kernel/package",)
 _IMAGE = ("tests/kernel/container",)
 _INSTALL = "tests/test_install.py"
 _DEMO = "tests/test_demo.py"
+# What two versions of systemd say of our units, and a host that goes down.
+_SYSTEMD = ("tests/test_systemd.py", "tests/test_reboot.py")
 _REST = (
     "tests/kernel",
     *(f"--ignore={path}" for path in (*_LONG, *_OURS, *_MANY, *_UNITS, *_PACKAGE, *_IMAGE)),
@@ -151,8 +153,9 @@ def main() -> int:
                 count.pytest(_DEMO, [_DEMO], results)
             # One more at once than there are CPUs: a guest waits for a third of its time.
             with ThreadPoolExecutor(1 + (os.cpu_count() or 1)) as pool:
-                ours = ["tests", *(f"--ignore={it}" for it in ("tests/kernel", _INSTALL, _DEMO))]
-                here = [ours, ["lab"], *([[_INSTALL]] if full else ())]
+                later = (_INSTALL, _DEMO, *_SYSTEMD)
+                ours = ["tests", *(f"--ignore={it}" for it in ("tests/kernel", *later))]
+                here = [ours, ["lab"], *([[_INSTALL], [*_SYSTEMD]] if full else ())]
                 runs = [pool.submit(count.pytest, it[0], it, results) for it in here]
                 runs += [
                     pool.submit(count.guest, number, guest, results)

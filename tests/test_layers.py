@@ -76,7 +76,10 @@ LAYERS: dict[str, set[str]] = {
     "bus": set(),
     "gate": {"armour"},
     "fork": {"care", "cgroup", "gate", "identity"},
-    "units": {"bus", "care", "cgroup", "fork", "homes", "host", "identity", "outside"},
+    "transient": {"care", "identity"},
+    "units": {
+        *("bus", "care", "cgroup", "fork", "homes", "host", "identity", "outside", "transient"),
+    },
     "launch": {
         *("bus", "care", "cgroup", "fork", "homes", "host", "identity", "model", "outside"),
         *("together", "units"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,27 +19,36 @@ from ublkwatch.service import (
     own_command,
     systemctl,
     unit,
+    version,
 )
+from ublkwatch.traits import PROFILES
 
 SHIPPED = Path(__file__).parents[1] / "deploy/systemd" / NAME
+DROP_INS = SHIPPED.with_name("drop-ins")
 PROGRAM = "/bin/true"
 
 
 class Place:
     """A host's directories, and what systemctl was told."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, version: int = 252) -> None:
         self.told: list[tuple[str, ...]] = []
         self.packaged = home / "packaged"
         self.directory = home / "etc"
         self.directory.mkdir()
         self.packaged.mkdir()
         self.service = Service(
-            self.directory, (self.packaged,), lambda *words: self.told.append(words)
+            self.directory,
+            (self.packaged,),
+            lambda *words: self.told.append(words),
+            lambda: version,
         )
 
-    def install(self, *, now: bool = False, program: str = PROGRAM) -> list[str]:
-        return done(self.service.install([program], None, now=now))
+    def install(self, *drop_ins: str, now: bool = False, program: str = PROGRAM) -> list[str]:
+        return done(self.service.install([program], None, drop_ins, now=now))
+
+    def drop_ins(self) -> set[str]:
+        return {path.stem for path in self.directory.glob(f"{NAME}.d/*.conf")}
 
     def remove(self) -> list[str]:
         return done(self.service.remove())
@@ -85,6 +95,38 @@ def test_it_is_the_unit_that_ships_for_this_program_and_configuration() -> None:
         '"/opt/it\'s/ublkwatch" run --config "/etc/100%%/a $$b"',
     )
     assert text == f"{OURS}\n{ours}"
+
+
+def test_drop_ins_are_those_asked_for_once_and_what_this_systemd_knows(tmp_path: Path) -> None:
+    place = Place(tmp_path, 254)
+    place.install("early-boot")
+    assert place.drop_ins() == {"early-boot", "newer-systemd"}
+    text = (place.directory / f"{NAME}.d/early-boot.conf").read_text()
+    assert text == f"{OURS}\n{(DROP_INS / 'early-boot.conf').read_text()}"
+    place.install("children")  # an upgrade, too, leaves what there is
+    assert place.drop_ins() == {"children", "early-boot", "newer-systemd"}
+    own = place.directory / f"{NAME}.d/own.conf"
+    own.write_text("")
+    place.remove()
+    assert place.drop_ins() == {"own"}
+    theirs = own.rename(own.with_name("children.conf"))
+    with pytest.raises(ServiceError, match=r"children\.conf was not written by this verb"):
+        place.install()
+    assert theirs.read_text() == ""
+
+
+def test_an_older_systemd_gets_nothing_that_it_would_misread(tmp_path: Path) -> None:
+    place = Place(tmp_path, 253)
+    place.install()
+    assert place.drop_ins() == set()
+    assert version() > 200
+
+
+def test_what_profiles_restore_is_not_read_only_for_the_service() -> None:
+    (writable,) = re.findall(r"^ReadWritePaths=(.*)$", SHIPPED.read_text(), re.MULTILINE)
+    kept = [path for each in PROFILES.values() for path in each.settings.get("keep", [])]
+    assert kept
+    assert all(Path(path).is_relative_to(writable) for path in kept)
 
 
 def test_what_others_have_written_is_left_alone(place: Place) -> None:

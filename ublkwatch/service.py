@@ -5,11 +5,14 @@ For an installation that no distribution's package has made; one that has brough
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ublkwatch.trust import TrustError, check_executable
@@ -17,6 +20,9 @@ from ublkwatch.trust import TrustError, check_executable
 NAME = "ublkwatch.service"
 OURS = "# Written by `ublkwatch install-systemd`, which `--remove` takes back."
 _SOURCE = Path(__file__).with_name(NAME)
+_SOURCES = Path(__file__).with_name("drop-ins")
+DROP_INS = ("early-boot", "children")  # whoever wants them; their files say when
+_NEWER, _NEWER_SINCE = "newer-systemd", 254
 _RUN = "/usr/bin/ublkwatch run"  # as the unit has it
 _PACKAGED = (Path("/usr/lib/systemd/system"), Path("/lib/systemd/system"))
 _SYSTEMCTL_S = 180.0
@@ -56,6 +62,14 @@ def systemctl(*words: str) -> None:
         raise ServiceError(f"{shlex.join(command)}: {said}")
 
 
+def version() -> int:
+    """Return the version of this host's systemd; 0 if it cannot be told."""
+    command = ["systemctl", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = re.match(r"systemd (\d+)", done.stdout)
+    return int(found[1]) if found else 0
+
+
 @dataclass(frozen=True)
 class Service:
     """The unit on this host."""
@@ -63,14 +77,20 @@ class Service:
     directory: Path = Path("/etc/systemd/system")
     packaged: tuple[Path, ...] = _PACKAGED
     systemctl: Callable[..., None] = systemctl
+    version: Callable[[], int] = version
 
     @property
     def path(self) -> Path:
         """Where it is written."""
         return self.directory / NAME
 
-    def install(self, command: list[str], config: Path | None, *, now: bool) -> Iterator[Step]:
-        """Yield what is to be done, step by step; ServiceError when it must not be."""
+    def install(
+        self, command: list[str], config: Path | None, drop_ins: Iterable[str] = (), *, now: bool
+    ) -> Iterator[Step]:
+        """Yield what is to be done, step by step; ServiceError when it must not be.
+
+        Of DROP_INS those that are named are added to those that are there.
+        """
         for each in self.packaged:
             if (each / NAME).exists():
                 raise ServiceError(
@@ -83,7 +103,13 @@ class Service:
             kept = "" if isinstance(error, TrustError) else f"{command[0]}: "
             raise ServiceError(f"root would run it at every boot: {kept}{error}") from error
         text = unit([*command, "run", *(["--config", str(config.absolute())] if config else [])])
-        yield f"{self.path} is written", lambda: self._write(text)
+        yield f"{self.path} is written", partial(_write, self.path, text)
+        wanted = {*drop_ins, *(name for name in DROP_INS if self._drop_in(name).exists())}
+        if self.version() >= _NEWER_SINCE:
+            wanted.add(_NEWER)
+        for path in map(self._drop_in, sorted(wanted)):
+            text = f"{OURS}\n{(_SOURCES / path.name).read_text()}"
+            yield f"{path} is written", partial(_write, path, text)
         yield "systemctl daemon-reload", lambda: self.systemctl("daemon-reload")
         yield f"systemctl enable {NAME}", lambda: self.systemctl("enable", NAME)
         if now:
@@ -98,18 +124,35 @@ class Service:
             f"systemctl disable --now {NAME}",
             lambda: self.systemctl("disable", "--now", NAME),
         )
+        for path in filter(Path.exists, self._drop_ins()):
+            yield f"{path} is removed", partial(_remove, path)
         yield f"{self.path} is removed", self.path.unlink
         yield "systemctl daemon-reload", lambda: self.systemctl("daemon-reload")
 
-    def _must_be_ours(self) -> None:
-        if self.path.exists() and not self.path.read_text().startswith(OURS):
-            raise ServiceError(f"{self.path} was not written by this verb; it is left alone")
+    def _drop_in(self, name: str) -> Path:
+        return self.path.with_name(f"{NAME}.d") / f"{name}.conf"
 
-    def _write(self, text: str) -> None:
-        fresh = self.path.with_name(f".{NAME}.new")
-        fresh.write_text(text)
-        fresh.chmod(0o644)
-        fresh.rename(self.path)
+    def _drop_ins(self) -> list[Path]:
+        return [self._drop_in(name) for name in (*DROP_INS, _NEWER)]
+
+    def _must_be_ours(self) -> None:
+        for path in (self.path, *self._drop_ins()):
+            if path.exists() and not path.read_text().startswith(OURS):
+                raise ServiceError(f"{path} was not written by this verb; it is left alone")
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(mode=0o755, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text)
+    fresh.chmod(0o644)
+    fresh.rename(path)
+
+
+def _remove(drop_in: Path) -> None:
+    drop_in.unlink()
+    with contextlib.suppress(OSError):  # somebody has others there
+        drop_in.parent.rmdir()
 
 
 def unit(command: list[str]) -> str:

@@ -11,33 +11,30 @@ import contextlib
 import logging
 import os
 import re
-import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jeepney import DBusAddress, MatchRule, Message
 
-from ublkwatch import cgroup, outside
+from ublkwatch import cgroup, outside, transient
 from ublkwatch.bus import USUAL, Bus, BusError, Patience
-from ublkwatch.care import Job, Run
+from ublkwatch.care import Job
 from ublkwatch.fork import how
 from ublkwatch.homes import last_lines
 from ublkwatch.host import OURS
 from ublkwatch.identity import Identity
+from ublkwatch.transient import Properties
 
 _log = logging.getLogger("ublkwatch")
 
-SLICE = "ublkwatch-servers.slice"
 _NAME = "org.freedesktop.systemd1"
 _UNITS = "/org/freedesktop/systemd1/unit/"
 _MANAGER = DBusAddress("/org/freedesktop/systemd1", _NAME, f"{_NAME}.Manager")
 _EXISTS = f"{_NAME}.UnitExists"
-_SCOPE_STOP_US = 1_000_000
 _JOURNAL_S = 10.0
 _LOOK_S = 0.01
 _JOBS_KEPT = 1000
-_INFINITY = (1 << 64) - 1
 _CLD_EXITED = 1
 # What systemd(1), "Process Exit Codes", says of a command that was never executed.
 _STEPS = {200: "CHDIR", 202: "FDS", 203: "EXEC", 205: "LIMITS", 206: "OOM_ADJUST", 208: "STDIN",
@@ -87,7 +84,9 @@ class UnitStarter:
         # For reading and writing: then no end of file comes when the last other writer is gone.
         stdin = os.open(home / "stdin", os.O_RDWR | os.O_CLOEXEC)
         try:
-            properties = _properties(job, identity, environment, stdin, self._patience.start_s)
+            properties = transient.service(
+                job, identity, environment, stdin, self._patience.start_s
+            )
             name, path = await self._start_transient(tag, home, job.name, properties)
         finally:
             os.close(stdin)
@@ -116,18 +115,7 @@ class UnitStarter:
         OSError where that cannot be done.
         """
         await self.connect()
-        properties: list[tuple[str, tuple[str, Any]]] = [
-            ("PIDs", ("au", [pid])),
-            ("Description", ("s", "control worker of ublkwatch")),
-            ("Slice", ("s", SLICE)),
-            ("CollectMode", ("s", "inactive-or-failed")),
-            # It ends with us; one in uninterruptible sleep does not by any signal.
-            ("TimeoutStopUSec", ("t", _SCOPE_STOP_US)),
-        ]
-        name = f"ublkwatch-worker-{pid}.scope"
-        await self._bus.call(
-            _MANAGER, "StartTransientUnit", "ssa(sv)a(sa(sv))", (name, "fail", properties, [])
-        )
+        await self._transient(f"ublkwatch-worker-{pid}.scope", transient.scope(pid))
 
     def started(self, pid: int) -> bool:
         """Tell whether a process is one that systemd started for us."""
@@ -179,7 +167,7 @@ class UnitStarter:
     # --- starting --------------------------------------------------------------------------------
 
     async def _start_transient(
-        self, tag: str, home: Path, name: str, properties: list[tuple[str, tuple[str, Any]]]
+        self, tag: str, home: Path, name: str, properties: Properties
     ) -> tuple[str, str]:
         """Start a service under its stable name; where that is taken, under one of the attempt."""
         clock = asyncio.get_running_loop().time
@@ -187,12 +175,7 @@ class UnitStarter:
         while True:
             _remember(home, unit, 0)  # first: should we die now, our successor knows where to look
             try:
-                (path,) = await self._bus.call(
-                    _MANAGER,
-                    "StartTransientUnit",
-                    "ssa(sv)a(sa(sv))",
-                    (unit, "fail", properties, []),
-                )
+                path = await self._transient(unit, properties)
             except BusError as error:
                 if error.name != _EXISTS or unit != unit_name(name):
                     raise
@@ -204,7 +187,14 @@ class UnitStarter:
                 _log.warning("unit %s is not gone yet; %s is started", unit_name(name), unit)
             else:
                 _forfeit(home, unit)
-                return unit, str(path)
+                return unit, path
+
+    async def _transient(self, name: str, properties: Properties) -> str:
+        """Have systemd make and start a unit; return its job."""
+        (path,) = await self._bus.call(
+            _MANAGER, "StartTransientUnit", "ssa(sv)a(sa(sv))", (name, "fail", properties, [])
+        )
+        return str(path)
 
     async def _clear(self, name: str) -> None:
         """Have systemd forget a unit whose processes have all ended; with others it is let be."""
@@ -314,57 +304,6 @@ def _address(name: str) -> DBusAddress:
     if escaped[:1].isdigit():
         escaped = b"_%02x" % escaped[0] + escaped[1:]
     return DBusAddress(_UNITS + escaped.decode(), _NAME)
-
-
-def _properties(
-    job: Job, identity: Identity, environment: dict[str, str], stdin: int, start_s: float
-) -> list[tuple[str, tuple[str, Any]]]:
-    run = job.run
-    properties: dict[str, tuple[str, Any]] = {
-        "Description": ("s", f"ublk server {job.name}"),
-        "Type": ("s", "exec"),
-        # A recover command may exit 0 and leave the server behind: that is no end of the unit.
-        "RemainAfterExit": ("b", True),
-        "ExecStart": ("a(sasb)", [(job.command[0], list(job.command), False)]),
-        "Slice": ("s", SLICE),
-        "DefaultDependencies": ("b", False),
-        "KillMode": ("s", "control-group"),
-        "KillSignal": ("i", int(signal.SIGKILL)),  # SIGTERM makes most servers remove the disk
-        "SendSIGHUP": ("b", False),
-        "IgnoreSIGPIPE": ("b", False),
-        "TimeoutStartUSec": ("t", int(start_s * 1e6)),
-        "WorkingDirectory": ("s", run.cwd),
-        "Environment": ("as", [f"{name}={value}" for name, value in environment.items()]),
-        "StandardInputFileDescriptor": ("h", stdin),
-        "StandardOutput": ("s", "journal"),
-        "StandardError": ("s", "journal"),
-        "SyslogIdentifier": ("s", job.name),
-        "CollectMode": ("s", "inactive"),
-        "AddRef": ("b", True),  # what exited 0 is not forgotten before it was asked for
-    }
-    if (identity.uid, identity.gid, identity.groups) != (0, 0, ()):
-        properties["User"] = ("s", str(identity.uid))
-        properties["Group"] = ("s", str(identity.gid))
-        properties["SupplementaryGroups"] = ("as", [str(group) for group in identity.groups])
-    return list((properties | _limits(run)).items())
-
-
-def _limits(run: Run) -> dict[str, tuple[str, Any]]:
-    properties: dict[str, tuple[str, Any]] = {}
-    for name, value in run.limits:
-        soft, _, hard = value.partition(":")
-        properties[f"Limit{name.upper()}"] = ("t", _number(hard or soft))
-        properties[f"Limit{name.upper()}Soft"] = ("t", _number(soft))
-    if run.oom_score_adj is not None:
-        properties["OOMScoreAdjust"] = ("i", run.oom_score_adj)
-    if run.cpus:
-        mask = sum(1 << cpu for cpu in set(run.cpus))
-        properties["CPUAffinity"] = ("ay", mask.to_bytes(max(run.cpus) // 8 + 1, "little"))
-    return properties
-
-
-def _number(value: str) -> int:
-    return _INFINITY if value in ("infinity", "unlimited") else int(value)
 
 
 def _ending(code: int, status: int) -> tuple[str, int | None]:

@@ -51,7 +51,7 @@ _ublkwatch() {
         version) options='--config --json --help' takes='' ;;
         check-config) options='--config --json --help' takes='files' ;;
         run) options='--config --verbose --help' takes='' ;;
-        install-systemd) options='--config --now --remove --dry-run --help' takes='' ;;
+        install-systemd) options='--config --now --remove --early-boot --children --dry-run --help' takes='' ;;
         *) return ;;
     esac
     if [[ -z $verb || $cur == -* ]]; then

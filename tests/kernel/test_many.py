@@ -59,7 +59,7 @@ def goes_on(load: Fio) -> None:
 
 def launched_as_wished(pid: int) -> bool:
     group = Path(f"/proc/{pid}/cgroup").read_text()
-    return ("ublkwatch-servers.slice/ublkwatch-" in group) is SYSTEMD
+    return ("system.slice/ublkwatch-" in group) is SYSTEMD
 
 
 def test_a_group_of_16_devices_in_one_process_comes_back_in_one_process(

@@ -31,6 +31,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from ublkwatch.siting import PlacementError, check_own  # noqa: PLC0415
     from ublkwatch.store import Store, StoreError, lock_host  # noqa: PLC0415
 
+    # As long as nobody handles it, a reload that is asked for would be our end; so it waits.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     settings = config.load(arguments.config)
     if not may_administer():
         return not_allowed("run")
@@ -65,4 +67,5 @@ async def _daemon(settings: Config, store: Store, arguments: argparse.Namespace)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, daemon.reload)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     await daemon.run(stop, verbose=arguments.verbose)

@@ -20,6 +20,16 @@ def add(verbs: Any, shared: argparse.ArgumentParser) -> None:
     install.add_argument(
         "--remove", action="store_true", help="stop, disable and remove it; servers live on"
     )
+    install.add_argument(
+        "--early-boot",
+        action="store_true",
+        help="start it beside the local file systems, not behind them; with --children",
+    )
+    install.add_argument(
+        "--children",
+        action="store_true",
+        help='without its sandbox, for servers that are its children (launcher = "fork")',
+    )
     install.add_argument("--dry-run", action="store_true", help="say what would be done, only")
     install.set_defaults(verb=_install)
 
@@ -34,11 +44,19 @@ def _install(arguments: argparse.Namespace) -> int:
     if not service.booted():
         return say(Exit.UNAVAILABLE, f"{what}: systemd is not the init here; start it your own way")
     unit = service.Service()
+    # A server that is lost before the system bus is there becomes a child.
+    wanted = {"early-boot"} if arguments.early_boot else set()
+    wanted |= {"children"} if arguments.early_boot or arguments.children else set()
     try:
         steps = (
             unit.remove()
             if arguments.remove
-            else unit.install(service.own_command(), arguments.config, now=arguments.now)
+            else unit.install(
+                service.own_command(),
+                arguments.config,
+                wanted,
+                now=arguments.now,
+            )
         )
         for step, do in steps:
             print(f"{'would be done: ' if arguments.dry_run else ''}{step}")

@@ -24,7 +24,7 @@ from pod import Node, Pod
 from supervisor import DEADLINE_S, SERVER, Supervisor
 
 from ublkwatch import __version__
-from ublkwatch.units import SLICE
+from ublkwatch.transient import SLICE
 
 if TYPE_CHECKING:
     from conftest import Load, Servers
@@ -173,7 +173,7 @@ def pod(
     running = Running(podman, configured(Pod.of(request.param), tmp_path, command), tmp_path)
     yield running
     running.end()
-    for group in Path("/sys/fs/cgroup").glob(f"*/{SLICE}"):
+    for group in Path("/sys/fs/cgroup").glob(f"{SLICE}/ublkwatch-*"):
         (group / "cgroup.kill").write_text("1")
     for directory in (RUNTIME, STATE):
         subprocess.run(["find", directory, "-mindepth", "1", "-delete"], check=True)

@@ -22,7 +22,8 @@ from ublkwatch.bus import Patience
 from ublkwatch.care import Job, Origin, Run
 from ublkwatch.launch import Launcher
 from ublkwatch.model import TAG_VARIABLE
-from ublkwatch.units import SLICE, unit_name
+from ublkwatch.transient import SLICE
+from ublkwatch.units import unit_name
 
 DEADLINE_S = 300.0  # this bounds only hangs: several guests share few, emulated CPUs
 PATIENCE = Patience(60, 60, start_s=120, leftover_s=60, autopsy_s=60)  # systemd is emulated, too
@@ -144,6 +145,16 @@ def test_a_server_is_a_service_in_our_slice_with_fifo_tag_and_ready(place: Path)
             lambda: b"got hello" in subprocess.run(journal, check=True, capture_output=True).stdout,
             "the server's words are in the journal, under its name",
         )
+
+    at_home(place, work)
+
+
+def test_no_shutdown_stops_a_server_or_what_it_is_in(place: Path) -> None:
+    async def work(home: Home) -> None:
+        await home.start(ECHO, name="ublkb7")
+        for unit in (unit_name("ublkb7"), SLICE):
+            assert show(unit, "ActiveState") == "active"
+            assert show(unit, "Conflicts") == ""
 
     at_home(place, work)
 
