@@ -114,7 +114,7 @@ def test_a_device_whose_server_cannot_start_does_not_delay_the_other(
     text = supervisor.config.read_text()
     supervisor.config.write_text(text.replace("ready_timeout_s = 3600", "ready_timeout_s = 12"))
     supervisor.reload()
-    supervisor.until_true("reloaded", lambda now: now["care"]["ready_timeout_s"] == 12)
+    supervisor.until_said("ublkb0: ready_timeout_s: 3600 -> 12")
     for pid in tagged() - {after["server_pid"]}:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
