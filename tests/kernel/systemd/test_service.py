@@ -6,8 +6,11 @@ lab/lab.py run --init systemd -- .venv/bin/python -m pytest tests/kernel/systemd
 from __future__ import annotations
 
 import contextlib
+import grp
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +19,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from supervisor import worker_of
+
+from ublkwatch.transient import SLICE
 
 if TYPE_CHECKING:
     from conftest import Fio, Load, Servers
@@ -99,10 +105,10 @@ def service(server: Servers) -> Iterator[None]:
     systemctl("daemon-reload")
 
 
-def ublkwatch(*words: str) -> None:
+def ublkwatch(*words: str, program: Path = PROGRAM) -> str:
     """Run the installed program; it must succeed."""
     done = subprocess.run(
-        [str(PROGRAM), *words],
+        [str(program), *words],
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
@@ -110,6 +116,43 @@ def ublkwatch(*words: str) -> None:
         cwd="/",
     )
     assert done.returncode == 0, f"{words}: {done.stderr}\n{journal()}"
+    return done.stdout
+
+
+def as_member(group: str, *words: str) -> str:
+    """Run ublkwatch as a user who is nobody but a member of a group."""
+    done = subprocess.run(
+        ["/usr/bin/python3", "-m", "ublkwatch", *words],  # the tests' own may be root's alone
+        user=65534,
+        group=65534,
+        extra_groups=[grp.getgrnam(group).gr_gid] if group else [],
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    return done.stdout if done.returncode == 0 else f"status {done.returncode}"
+
+
+def start_and_reload_at_once() -> None:
+    """Start it, and have it told to reload as soon as it is not its end by Unix' own rule."""
+    systemctl("start", "--no-block", NAME)
+    until(lambda: main_pid() and minds_hangup(main_pid()), "it minds SIGHUP")
+    early = main_pid()
+    assert shown("ActiveState") == "activating"
+    kill(early, signal.SIGHUP)
+    until(lambda: shown("ActiveState") == "active", "it is ready all the same")
+    assert main_pid() == early
+
+
+def minds_hangup(pid: int) -> bool:
+    """Tell whether SIGHUP is blocked or caught."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        status = Path(f"/proc/{pid}/status").read_text()
+        masks = re.findall(r"^Sig(?:Blk|Cgt):\s*(\w+)$", status, re.MULTILINE)
+        return any(int(mask, 16) & 1 << signal.SIGHUP - 1 for mask in masks)
+    return False
 
 
 def goes_on(load: Fio) -> None:
@@ -125,7 +168,7 @@ def test_the_service_recovers_and_its_own_comings_and_goings_harm_nothing(
     del service
     creator = server(0)
     CONFIG.parent.mkdir(exist_ok=True)
-    CONFIG.write_text(f'[[device]]\ndev_id = 0\ncommand = ["{attach}"]\n')
+    CONFIG.write_text(f'admin_group = "disk"\n[[device]]\ndev_id = 0\ncommand = ["{attach}"]\n')
 
     systemctl("start", NAME)  # returns when it is ready: it has seen every device
     assert device()["phase"] in ("observed", "watching")
@@ -135,7 +178,9 @@ def test_the_service_recovers_and_its_own_comings_and_goings_harm_nothing(
     creator.kill()
     first = watching(recoveries=1)["server_pid"]
     group = Path(f"/proc/{first}/cgroup").read_text()
-    assert "ublkwatch-servers.slice/" in group, "in none of our cgroups, nor in our sandbox"
+    assert f"{SLICE}/ublkwatch-ublkb0.service" in group, "not in our cgroup, nor in our sandbox"
+    assert "its server is watched" in as_member("disk", "explain", "ublkb0")
+    assert as_member("", "explain", "ublkb0") == "status 77"
 
     systemctl("reload", NAME)
     assert shown("ActiveState") == "active"
@@ -158,7 +203,7 @@ def test_the_service_recovers_and_its_own_comings_and_goings_harm_nothing(
     systemctl("stop", NAME)
     assert Path(f"/proc/{second}").exists()
     kill(second)  # while nobody is there
-    systemctl("start", NAME)
+    start_and_reload_at_once()
     assert watching(recoveries=3)["server_pid"] != second
     goes_on(load)
 
@@ -196,6 +241,47 @@ def test_a_worker_that_is_stuck_in_the_kernel_holds_up_neither_a_stop_nor_a_star
     finally:
         stuck.kill()
         stop.wait(DEADLINE_S)
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Path]:
+    """Return an installation of its own, as the README has it; its libraries are the tests'."""
+    home = Path("/opt/ublkwatch")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
+    (packages,) = home.glob("lib/*/site-packages")
+    shutil.copytree(TOP / "ublkwatch", packages / "ublkwatch")
+    (packages / "libraries.pth").write_text(f"{Path(psutil.__file__).parents[1]}\n")
+    program = home / "bin/ublkwatch"
+    program.write_text(
+        f"#!{home}/bin/python\nfrom ublkwatch.cli import main\nraise SystemExit(main())\n"
+    )
+    program.chmod(0o755)
+    yield home
+    shutil.rmtree(home)
+
+
+@pytest.mark.timeout(1200)
+def test_a_new_version_takes_over_what_the_old_one_has(
+    server: Servers, service: None, elsewhere: Path, attach: Path
+) -> None:
+    del service
+    creator = server(0)
+    CONFIG.parent.mkdir(exist_ok=True)
+    CONFIG.write_text(f'[[device]]\ndev_id = 0\ncommand = ["{attach}"]\n')
+    systemctl("start", NAME)
+    creator.kill()
+    first = watching(recoveries=1)["server_pid"]
+
+    (init,) = elsewhere.glob("lib/*/site-packages/ublkwatch/__init__.py")
+    text, count = re.subn(r'(?m)^__version__ = ".*"$', '__version__ = "99.0"', init.read_text())
+    assert count == 1
+    init.write_text(text)
+    ublkwatch("install-systemd", program=elsewhere / "bin/ublkwatch")
+    systemctl("restart", NAME)  # as --now does, which does not wait as long
+    assert watching(recoveries=1)["server_pid"] == first
+    assert "; 99.0 runs" in ublkwatch("version", program=elsewhere / "bin/ublkwatch")
+    kill(first)
+    assert watching(recoveries=2)["server_pid"] != first
 
 
 def states_of(pid: int) -> set[str]:

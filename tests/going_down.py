@@ -1,0 +1,87 @@
+"""What tests/test_reboot.py runs in the guest that it shuts down: a file system on a ublk device.
+
+    python going_down.py SHARE
+
+SHARE has disk.img, an ext4. Its server was lost once and brought back by ublkwatch, so it is a unit
+of ours; data is written, and nothing is synced, stopped or unmounted: that is left to systemd.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+TOP = Path(__file__).parents[1]
+STATUS = Path("/run/ublkwatch/status.json")
+MOUNT = Path("/srv/disk")
+# Less than one message of 9p, which the image is on: of a larger file a whole one was lost there.
+KEPT = b"what was written before the shutdown\n" * 1000
+BEGINS = "the shutdown begins"
+DEADLINE_S = 300.0
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(
+        list(map(str, command)), cwd="/", stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            sys.exit(f"not within {DEADLINE_S:g} s: {what}\n{run('journalctl', '-q', '-n', '60')}")
+        time.sleep(0.2)
+
+
+def watched(recoveries: int) -> int:
+    """Return the server of device 0 if it is well after so many recoveries; else 0."""
+    try:
+        devices = json.loads(STATUS.read_text())["devices"]
+    except FileNotFoundError:
+        return 0
+    wanted = {"phase": "watching", "state": "LIVE", "recoveries": recoveries}
+    return next((each["server_pid"] for each in devices if wanted.items() <= each.items()), 0)
+
+
+def service() -> None:
+    """Have the service installed and started, from wherever the tests are, however slow it is."""
+    drop_in = Path("/run/systemd/system/ublkwatch.service.d/test.conf")
+    drop_in.parent.mkdir(parents=True)
+    private = "PrivateTmp=no\n" if any(map(TOP.is_relative_to, ("/tmp", "/var/tmp"))) else ""
+    drop_in.write_text(f"[Service]\nWatchdogSec=0\nTimeoutStartSec=600\n{private}")
+    run(sys.executable, "-m", "ublkwatch", "install-systemd")
+    run("systemctl", "start", "ublkwatch")
+    run("systemctl", "reload", "ublkwatch")
+
+
+def main(share: Path) -> None:
+    for mine in ("/etc/ublkwatch", "/var/lib/ublkwatch"):  # the host's: here they are a copy
+        shutil.rmtree(mine, ignore_errors=True)
+    run("modprobe", "ublk_drv")
+    transient = ("systemd-run", "--quiet", "-p", "DefaultDependencies=no")
+    # To the very end, which nobody else sees.
+    run(*transient, "-p", f"StandardOutput=file:{share}/journal", "journalctl", "-fn", "all")
+    options = ("--target", "loop", "--file", share / "disk.img", "--create", "0")
+    run(*transient, sys.executable, "-m", "ublkwatch.demo.server", *options)
+    until(Path("/dev/ublkb0").exists, "the device is there")
+    service()
+    until(lambda: watched(recoveries=0), "it is watched")
+    os.kill(watched(recoveries=0), signal.SIGKILL)
+    until(lambda: watched(recoveries=1), "it was recovered")
+    MOUNT.mkdir()
+    run("mount", "/dev/ublkb0", MOUNT)
+    (MOUNT / "kept").write_bytes(KEPT)
+    run("logger", BEGINS)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
