@@ -21,8 +21,7 @@ from pathlib import Path
 TOP = Path(__file__).parents[1]
 STATUS = Path("/run/ublkwatch/status.json")
 MOUNT = Path("/srv/disk")
-# Less than one message of 9p, which the image is on: of a larger file a whole one was lost there.
-KEPT = b"what was written before the shutdown\n" * 1000
+KEPT = b"what was written before the shutdown\n" * 30_000
 BEGINS = "the shutdown begins"
 DEADLINE_S = 300.0
 
