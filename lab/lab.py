@@ -80,6 +80,7 @@ def build_parser() -> Parser:
         "--shutdown", action="store_true", help="end the guest as its systemd shuts a machine down"
     )
     run.add_argument("--root", default="/", metavar="DIR", help="boot on that root, not the host's")
+    run.add_argument("--disk", metavar="FILE", help="/dev/vda there, for who loads virtio_blk")
     run.add_argument("--host", action="store_true", help="no guest: this host has the driver")
     return parser
 

@@ -73,6 +73,7 @@ class Plan:
     machine: Machine
     job: Job
     root: str = "/"
+    disk: str = ""  # an image, or none
 
     @property
     def home(self) -> Path:
@@ -126,6 +127,9 @@ def qemu_command(plan: Plan, initramfs: int, channels: Mapping[Channel, int]) ->
         command += share(tag, path, "security_model=none,readonly=on")
     for number, path in enumerate(plan.job.writable):
         command += share(f"rw{number}", path, f"security_model={model}")
+    if plan.disk:
+        file = plan.disk.replace(",", ",,")
+        command += ["-drive", f"file={file},format=raw,if=virtio"]
     for channel, descriptor in channels.items():
         command += ["-chardev", f"socket,id=c{channel},fd={descriptor}"]
     command += ["-serial", f"chardev:c{Channel.CONSOLE}", "-device", "virtio-serial-pci"]

@@ -100,11 +100,15 @@ def run_in_guest(options: argparse.Namespace) -> int:
         options.shutdown,
     )
     root = existing_directory("--root", options.root)
+    disk = str(Path(options.disk).resolve()) if options.disk else ""
+    if disk and not Path(disk).is_file():
+        raise LabError(f"--disk {options.disk}: not a file")
     with contextlib.ExitStack() as stack:
         console = None
         if options.console:
             console = stack.enter_context(open_console(options.console)).fileno()
-        return boot(Plan(cache, kernel, machine, job, root), options.timeout, console)
+        plan = Plan(cache, kernel, machine, job, root, disk)
+        return boot(plan, options.timeout, console)
 
 
 def boot(plan: Plan, timeout: float, console: int | None) -> int:

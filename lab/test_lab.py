@@ -134,6 +134,20 @@ def test_the_root_may_be_another_one(tmp_path: Path) -> None:
     assert done.stdout == b"another root\n", done.stderr.decode()
 
 
+def test_a_guest_may_have_a_disk(tmp_path: Path) -> None:
+    image = tmp_path / "a disk, with a comma"
+    image.write_bytes(b"before".ljust(1 << 20, b"\0"))
+    script = (
+        "modprobe virtio_blk; until [ -b /dev/vda ]; do sleep 0.1; done;"
+        "dd if=/dev/vda bs=6 count=1;"
+        "echo after | dd of=/dev/vda conv=fsync"
+    )
+    done = lab("run", "--disk", str(image), "--", "/bin/sh", "-c", script)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout == b"before"
+    assert image.read_bytes()[:6] == b"after\n"
+
+
 def test_a_guest_writes_what_it_was_given_and_nothing_else(tmp_path: Path) -> None:
     given, kept = tmp_path / "given it's", tmp_path / "kept"
     given.mkdir()

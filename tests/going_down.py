@@ -2,8 +2,10 @@
 
     python going_down.py SHARE
 
-SHARE has disk.img, an ext4. Its server was lost once and brought back by ublkwatch, so it is a unit
-of ours; data is written, and nothing is synced, stopped or unmounted: that is left to systemd.
+/dev/vda is an ext4, and what the device stores its data in: a disk, since a file of the host's is
+cached here in ways that have nothing to do with ublk. SHARE takes the journal. The device's server
+was lost once and brought back by ublkwatch, so it is a unit of ours; data is written, and nothing
+is synced, stopped or unmounted: that is left to systemd.
 """
 
 from __future__ import annotations
@@ -65,11 +67,12 @@ def service() -> None:
 def main(share: Path) -> None:
     for mine in ("/etc/ublkwatch", "/var/lib/ublkwatch"):  # the host's: here they are a copy
         shutil.rmtree(mine, ignore_errors=True)
-    run("modprobe", "ublk_drv")
+    run("modprobe", "-a", "ublk_drv", "virtio_blk")
+    until(Path("/dev/vda").is_block_device, "the disk is there")
     transient = ("systemd-run", "--quiet", "-p", "DefaultDependencies=no")
     # To the very end, which nobody else sees.
     run(*transient, "-p", f"StandardOutput=file:{share}/journal", "journalctl", "-fn", "all")
-    options = ("--target", "loop", "--file", share / "disk.img", "--create", "0")
+    options = ("--target", "loop", "--file", "/dev/vda", "--create", "0")
     run(*transient, sys.executable, "-m", "ublkwatch.demo.server", *options)
     until(Path("/dev/ublkb0").exists, "the device is there")
     service()

@@ -42,15 +42,17 @@ TRIXIE = (
 def test_a_file_system_is_unmounted_through_its_server_and_nothing_is_recovered(
     tmp_path: Path, root: tuple[str, ...], python: str, begin: tuple[str, ...]
 ) -> None:
-    image = tmp_path / "disk.img"
+    share, image = tmp_path / "share", tmp_path / "disk.img"
+    share.mkdir()
     run("mkfs.ext4", "-q", image, "64M")
 
     lab = (sys.executable, "lab/lab.py", "run", "--kernel", "new", "--init", "systemd", *root)
-    guest = (python, TOP / "tests/going_down.py", tmp_path)
+    guest = (python, TOP / "tests/going_down.py", share)
     # Status 0: it went down in order, and in time.
-    run(*lab, "--timeout", "900", "--shutdown", "--rw", tmp_path, "--", *begin, *guest)
+    given = ("--disk", image, "--rw", share)
+    run(*lab, "--timeout", "900", "--shutdown", *given, "--", *begin, *guest)
 
-    before, _, after = (tmp_path / "journal").read_text(errors="replace").partition(BEGINS)
+    before, _, after = (share / "journal").read_text(errors="replace").partition(BEGINS)
     assert "-> watching" in before, "else ublkwatch had no part in it"
     lines = after.splitlines()
     stopped = place(lines, "ublkwatch", "stopped; the servers live on")
