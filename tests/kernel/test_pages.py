@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import pytest
 from captures import Captures
 from conftest import DEADLINE_S, wait_until
-from supervisor import SERVER, Supervisor
+from supervisor import PATIENCE, SERVER, Supervisor
 from test_modes import Disk
 from test_reference_server import PARTIAL
 
-from ublkwatch.model import Generation
+from ublkwatch.model import Generation, Policy
 
 if TYPE_CHECKING:
     from conftest import Control, KernelLog, Servers
@@ -43,7 +43,8 @@ LOOKED_AT_S = 600.0  # what it takes to take all pages, and far more
 
 
 def tables(server: Servers) -> str:
-    made = ""
+    # All times as by default, so that no page tells of them.
+    made = "".join(f"{key} = {getattr(Policy(), key)}\n" for key in PATIENCE)
     for dev_id, (fault, more) in SITUATIONS.items():
         command = json.dumps([*SERVER, *server.target("null"), "--fault", fault])
         made += f"[[device]]\ndev_id = {dev_id}\n{more}\ncommand = {command}\n"
