@@ -60,8 +60,8 @@ lintian:
 
 # Debian 13 with what the tests need there, since its systemd is a newer one: as root.
 build/trixie:
-	@command -v mmdebstrap >/dev/null || \
-	    DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --no-install-recommends mmdebstrap
+	@command -v mmdebstrap >/dev/null || { apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --no-install-recommends mmdebstrap; }
 	@mkdir -p build && rm -rf $@.new
 	@mmdebstrap --quiet --variant=essential --include=systemd-sysv,dbus,kmod \
 	    --include=python3-jeepney,python3-prometheus-client,python3-psutil,python3-pyroute2 trixie $@.new
@@ -82,6 +82,7 @@ docs-pictures: setup
 	@cd build/pictures && npm install --silent --no-audit --no-fund --no-package-lock
 	@cd build/pictures && node draw.js ../../deploy/grafana/ublkwatch.json \
 	    "$$(../../$(PYTHON) ../../lab/lab.py prometheus)/prometheus" data ../../docs/dashboard.png
+
 # No image is pulled: the base is made of Debian's packages, or BASE=IMAGE names another one.
 image: .venv/.ready
 	@sh deploy/container/image.sh

@@ -109,7 +109,7 @@ class Bus:
     async def call(
         self, address: DBusAddress, method: str, signature: str = "", body: tuple[Any, ...] = ()
     ) -> tuple[Any, ...]:
-        """Call a method and return its answer; BusError, or another OSError, within ten seconds."""
+        """Call a method and return its answer; BusError, or another OSError, in time."""
         try:
             async with asyncio.timeout(self._patience.answer_s):
                 return await self._call(new_method_call(address, method, signature or None, body))

@@ -28,7 +28,7 @@ _PACKAGED = (Path("/usr/lib/systemd/system"), Path("/lib/systemd/system"))
 _SYSTEMCTL_S = 180.0
 
 
-Step = tuple[str, Callable[[], None]]  # what is done, in words, and the doing
+Step = tuple[str, Callable[[], object]]  # what is done, in words, and the doing
 
 
 class ServiceError(Exception):
@@ -43,8 +43,8 @@ def own_command() -> list[str]:
     return [sys.executable, "-m", "ublkwatch"]
 
 
-def systemctl(*words: str) -> None:
-    """Run it; ServiceError with its own words when it fails."""
+def systemctl(*words: str) -> str:
+    """Run it and return what it says; ServiceError with its own words when it fails."""
     command = ["systemctl", *words]
     try:
         done = subprocess.run(
@@ -60,14 +60,15 @@ def systemctl(*words: str) -> None:
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
         raise ServiceError(f"{shlex.join(command)}: {said}")
+    return done.stdout
 
 
 def version() -> int:
     """Return the version of this host's systemd; 0 if it cannot be told."""
-    command = ["systemctl", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = re.match(r"systemd (\d+)", done.stdout)
-    return int(found[1]) if found else 0
+    with contextlib.suppress(ServiceError):
+        if found := re.match(r"systemd (\d+)", systemctl("--version")):
+            return int(found[1])
+    return 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Service:
 
     directory: Path = Path("/etc/systemd/system")
     packaged: tuple[Path, ...] = _PACKAGED
-    systemctl: Callable[..., None] = systemctl
+    systemctl: Callable[..., object] = systemctl
     version: Callable[[], int] = version
 
     @property

@@ -78,6 +78,13 @@ def device(dev_id: int = 0) -> dict[str, Any]:
     return next((each for each in document["devices"] if each["dev_id"] == dev_id), {})
 
 
+def watch_ublkb0(attach: Path, settings: str = "") -> None:
+    """Start the service on a configuration of its own."""
+    CONFIG.parent.mkdir(exist_ok=True)
+    CONFIG.write_text(f'{settings}\n[[device]]\ndev_id = 0\ncommand = ["{attach}"]\n')
+    systemctl("start", NAME)  # returns when it is ready: it has seen every device
+
+
 def watching(recoveries: int) -> dict[str, Any]:
     wanted = {"phase": "watching", "state": "LIVE", "recoveries": recoveries}
     until(lambda: wanted.items() <= device().items(), f"watched after {recoveries} recoveries")
@@ -167,10 +174,7 @@ def test_the_service_recovers_and_its_own_comings_and_goings_harm_nothing(
 ) -> None:
     del service
     creator = server(0)
-    CONFIG.parent.mkdir(exist_ok=True)
-    CONFIG.write_text(f'admin_group = "disk"\n[[device]]\ndev_id = 0\ncommand = ["{attach}"]\n')
-
-    systemctl("start", NAME)  # returns when it is ready: it has seen every device
+    watch_ublkb0(attach, 'admin_group = "disk"')
     assert device()["phase"] in ("observed", "watching")
     until(lambda: shown("StatusText") == "1 device: 1 well", "systemctl status says how it goes")
     load = fio(0, verify=0, rw="randrw", time_based=1, runtime=1200)
@@ -221,9 +225,7 @@ def test_a_worker_that_is_stuck_in_the_kernel_holds_up_neither_a_stop_nor_a_star
     """STOP_DEV sleeps behind requests that a server sits on: its worker cannot be killed."""
     del service
     stuck, creator = server(1, more=("--fault", "stall")), server(0)
-    CONFIG.parent.mkdir(exist_ok=True)
-    CONFIG.write_text(f'[[device]]\ndev_id = 0\ncommand = ["{attach}"]\n')
-    systemctl("start", NAME)
+    watch_ublkb0(attach)
     worker = worker_of(main_pid())
     group = Path(f"/proc/{worker}/cgroup")
     until(lambda: f"ublkwatch-worker-{worker}.scope" in group.read_text(), "it is set apart")
@@ -266,9 +268,7 @@ def test_a_new_version_takes_over_what_the_old_one_has(
 ) -> None:
     del service
     creator = server(0)
-    CONFIG.parent.mkdir(exist_ok=True)
-    CONFIG.write_text(f'[[device]]\ndev_id = 0\ncommand = ["{attach}"]\n')
-    systemctl("start", NAME)
+    watch_ublkb0(attach)
     creator.kill()
     first = watching(recoveries=1)["server_pid"]
 
