@@ -26,6 +26,7 @@ MOUNT = Path("/srv/disk")
 KEPT = b"what was written before the shutdown\n" * 30_000
 BEGINS = "the shutdown begins"
 DEADLINE_S = 300.0
+TRANSIENT = ("systemd-run", "--quiet", "-p", "DefaultDependencies=no")
 
 
 def run(*command: str | Path) -> str:
@@ -35,22 +36,29 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-def until(condition: Callable[[], object], what: str) -> None:
+def until(condition: Callable[[], object], what: str, *, tell: bool = True) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
         if time.monotonic() > deadline:
-            sys.exit(f"not within {DEADLINE_S:g} s: {what}\n{run('journalctl', '-q', '-n', '60')}")
+            told = run("journalctl", "-q", "-n", "60") if tell else ""
+            sys.exit(f"not within {DEADLINE_S:g} s: {what}\n{told}")
         time.sleep(0.2)
 
 
-def watched(recoveries: int) -> int:
-    """Return the server of device 0 if it is well after so many recoveries; else 0."""
+def watched(recoveries: int, dev_id: int = 0) -> int:
+    """Return the server of a device if it is well after so many recoveries; else 0."""
     try:
         devices = json.loads(STATUS.read_text())["devices"]
     except FileNotFoundError:
         return 0
-    wanted = {"phase": "watching", "state": "LIVE", "recoveries": recoveries}
+    wanted = {"phase": "watching", "state": "LIVE", "recoveries": recoveries, "dev_id": dev_id}
     return next((each["server_pid"] for each in devices if wanted.items() <= each.items()), 0)
+
+
+def to_the_end(share: Path) -> None:
+    """Have the journal written out until systemd ends, when nobody else sees it."""
+    output = f"StandardOutput=file:{share}/journal"
+    run(*TRANSIENT, "-p", output, "journalctl", "-fn", "all")
 
 
 def service() -> None:
@@ -69,11 +77,9 @@ def main(share: Path) -> None:
         shutil.rmtree(mine, ignore_errors=True)
     run("modprobe", "-a", "ublk_drv", "virtio_blk")
     until(Path("/dev/vda").is_block_device, "the disk is there")
-    transient = ("systemd-run", "--quiet", "-p", "DefaultDependencies=no")
-    # To the very end, which nobody else sees.
-    run(*transient, "-p", f"StandardOutput=file:{share}/journal", "journalctl", "-fn", "all")
+    to_the_end(share)
     options = ("--target", "loop", "--file", "/dev/vda", "--create", "0")
-    run(*transient, sys.executable, "-m", "ublkwatch.demo.server", *options)
+    run(*TRANSIENT, sys.executable, "-m", "ublkwatch.demo.server", *options)
     until(Path("/dev/ublkb0").exists, "the device is there")
     service()
     until(lambda: watched(recoveries=0), "it is watched")
