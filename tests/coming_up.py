@@ -77,7 +77,8 @@ def main(share: Path) -> None:
     assert "/ublkwatch.service/" in Path(f"/proc/{child}/cgroup").read_text()
 
     # As soon as there is a bus, servers are units.
-    run("systemd-run", "--quiet", *SERVER.split(), "--target", "ram", "--create", "1")
+    ram = ("--target", "ram", "--size", "8M", "--create", "1")
+    run("systemd-run", "--quiet", *SERVER.split(), *ram)
     until(lambda: watched(recoveries=0, dev_id=1), "the other one is watched")
     os.kill(watched(recoveries=0, dev_id=1), signal.SIGKILL)
     until(lambda: watched(recoveries=1, dev_id=1), "it was recovered")

@@ -1,7 +1,7 @@
 """A host goes down, or comes up, with a file system on a ublk device whose server is lost.
 
-A part of `full` only. tests/going_down.py and coming_up.py are the guest's side; what is judged here
-is what the guest has left: its journal to the very end, and the disk's image.
+A part of `full` only. tests/going_down.py and coming_up.py are the guest's side; what is judged
+here is what the guest has left: its journal to the very end, and the disk's image.
 """
 
 from __future__ import annotations

@@ -94,6 +94,8 @@ class TargetSpec:
         except OSError as error:
             raise TargetError(f"{path}: {error.strerror}; check --file") from error
         size = have if self.size is None else self.size
+        if create and not size:
+            raise TargetError(f"{path}: is new, and has no size of its own; give --size")
         if size > have or size < SECTOR:
             raise TargetError(f"{path}: has {have} bytes, not {size}; check --file and --size")
         return FileTarget(fd, size // SECTOR, durable=self.kind == "loop")
