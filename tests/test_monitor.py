@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import errno
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,7 +72,7 @@ class World(PlainLauncher):
             servers=self,
             launcher=self,
             store=self,
-            dev_ids=self.dev_ids,
+            present=self.present,
             threads=self.threads,
             traffic=lambda _: self.traffic,
             instance=self.instance,
@@ -96,10 +96,10 @@ class World(PlainLauncher):
             raise self.instance_error
         return "boot/1"
 
-    def dev_ids(self) -> set[int]:
+    def present(self) -> dict[int, int | None]:
         if self.blind:
             raise PermissionError(errno.EACCES, "/sys/class/ublk-char")
-        return {0} if self.info else set()
+        return {0: 1} if self.info else {}
 
     def crash(self) -> None:
         assert self.info
@@ -113,6 +113,15 @@ class World(PlainLauncher):
         if self.info is None or self.info_error:
             raise CtrlError(self.info_error or errno.ENODEV, "GET_DEV_INFO", dev_id)
         return self.info
+
+    async def get_dev_infos(self, dev_ids: Collection[int]) -> dict[int, DevInfo | OSError]:
+        found: dict[int, DevInfo | OSError] = {}
+        for dev_id in dev_ids:
+            try:
+                found[dev_id] = await self.get_dev_info(dev_id)
+            except OSError as error:
+                found[dev_id] = error
+        return found
 
     async def call(
         self, command: str, dev_id: int, key: str, *, timeout_s: float, **arguments: float

@@ -52,6 +52,10 @@ class Ward:
     asked: int = 0
     looks: int = 0
     reads: int = 0
+    sees_idle: bool = True  # /proc/diskstats is to be had
+    tells: bool = False  # of watched threads that end
+    traffics: int = 0
+    listed: int = 0
 
     def policy(self, dev_id: int) -> Policy:
         assert dev_id == 0
@@ -71,9 +75,10 @@ class Ward:
         async def run() -> None:
             loop = asyncio.get_running_loop()
             edges = SimpleNamespace(
-                traffic=lambda _: self.traffic,
+                traffic=self._traffic,
+                idle=self._idle,
                 threads=Threads(
-                    lambda _: set(self.threads), self._look, self._declared, self._watch
+                    self._alive, self._look, self._declared, self._watch, self._watches
                 ),
                 clock=loop.time,
             )
@@ -92,6 +97,27 @@ class Ward:
         for _ in range(count):
             pulse.look([self.record], 2 * POLL_S)
             await asyncio.sleep(POLL_S)
+
+    def _traffic(self, dev_id: int) -> Traffic | None:
+        assert dev_id == 0
+        self.traffics += 1
+        return self.traffic
+
+    def _idle(self) -> dict[int, Traffic]:
+        return (
+            {0: self.traffic}
+            if self.sees_idle and self.traffic and not self.traffic.inflight
+            else {}
+        )
+
+    def _alive(self, pid: int) -> set[int]:
+        assert pid == OLD.pid
+        self.listed += 1
+        return set(self.threads)
+
+    def _watches(self, server: ServerId, tids: Iterable[int]) -> bool:
+        assert server == OLD
+        return self.tells and set(tids) <= set(self.threads)
 
     def _look(self, pid: int) -> dict[int, Thread]:
         assert pid == OLD.pid
@@ -414,8 +440,8 @@ def test_a_server_that_hangs_is_told_of_ended_and_replaced() -> None:
 class Two(Hung):
     """Two devices of one process that hangs."""
 
-    def dev_ids(self) -> set[int]:
-        return {0, 1}
+    def present(self) -> dict[int, int | None]:
+        return {0: 1, 1: 2}
 
     async def get_dev_info(self, dev_id: int) -> DevInfo:
         return replace(await super().get_dev_info(dev_id), dev_id=dev_id)

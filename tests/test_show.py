@@ -41,8 +41,10 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 def write(place: Place, *records: Record, age_s: float = 0.0) -> dict[str, Any]:
-    made = document(*records) | {"written_at": time.time() - age_s}
+    at = time.time() - age_s
+    made = document(*records) | {"written_at": at}
     place.store.write_status(json.dumps(made))
+    os.utime(place.runtime_dir / "status.json", (at, at))
     return made
 
 
