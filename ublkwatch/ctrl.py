@@ -68,14 +68,21 @@ class UblkCtrl:
     when no device exists.
     """
 
-    def __init__(self, ring: AsyncRing, node: Path = CONTROL, meter: Meter | None = None) -> None:
+    def __init__(
+        self,
+        ring: AsyncRing,
+        node: Path = CONTROL,
+        meter: Meter | None = None,
+        glance: Glance | None = None,
+    ) -> None:
+        """``glance`` may be one that asks otherwise."""
         self._ring = ring
         self._node = node
         self._meter = meter or Meter()
         self._wedged = 0
         self._fd = -1
         self._users = 0
-        self._glance = Glance()
+        self._glance = glance or Glance()
         self._seen: dict[int, tuple[bytes, DevInfo]] = {}  # at the last glance
         self._glanced: tuple[tuple[int, ...], bytes] = ((), b"")  # where nothing failed
         self._infos: dict[int, DevInfo | CtrlError] = {}
@@ -118,7 +125,7 @@ class UblkCtrl:
                 answers, failed = self._glance.end()
         finally:
             self._release()
-        self._meter.commands("GET_DEV_INFO", len(asked) - len(failed), clock() - began)
+        self._meter.answered("GET_DEV_INFO", len(asked) - len(failed), clock() - began)
         for code in filter(None, failed.values()):
             self._meter.command("GET_DEV_INFO", code, clock() - began)
         if failed or self._glanced != (asked, answers):

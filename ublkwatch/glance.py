@@ -88,18 +88,19 @@ class Glance:
         self._buffer = Buffer(len(dev_ids) * _INFO)
         for place, dev_id in enumerate(dev_ids):
             address = self._buffer.address + place * _INFO
-            command = uapi.ublksrv_ctrl_cmd.pack(
-                dev_id=dev_id, queue_id=0xFFFF, len=_INFO, addr=address
-            )
-            sqe = uapi.io_uring_sqe.pack(
-                opcode=uapi.IORING_OP_URING_CMD,
-                fd=fd,
-                cmd_op=uapi.Cmd.GET_DEV_INFO,
-                cmd=command,
-                user_data=place,
-            )
-            self._ring.lay(place, sqe)
+            question = self.question(fd, dev_id, address)
+            self._ring.lay(place, uapi.io_uring_sqe.pack(user_data=place, **question))
         return self._ring
+
+    def question(self, fd: int, dev_id: int, address: int) -> dict[str, int | bytes]:
+        """Return the SQE that asks one device, and has the answer written to an address."""
+        command = {"dev_id": dev_id, "queue_id": 0xFFFF, "len": _INFO, "addr": address}
+        return {
+            "opcode": uapi.IORING_OP_URING_CMD,
+            "fd": fd,
+            "cmd_op": uapi.Cmd.GET_DEV_INFO,
+            "cmd": uapi.ublksrv_ctrl_cmd.pack(**command),
+        }
 
     def _collect(self) -> None:
         if self._ring is None or self._done is None:

@@ -108,7 +108,7 @@ class Metrics(Meter):
         self._counters["control_commands"].labels(name, answer_of(error)).inc()
         self._histograms["control_command_duration_seconds"].labels(name).observe(took_s)
 
-    def commands(self, name: str, count: int, took_s: float) -> None:
+    def answered(self, name: str, count: int, took_s: float) -> None:
         """Count control commands that were sent together, and time them once."""
         if count:
             self._counters["control_commands"].labels(name, answer_of(0)).inc(count)
