@@ -367,6 +367,53 @@ def test_a_dead_queue_that_is_only_said_is_said_now_and_then() -> None:
     assert 2 <= len(ward.live(story)) <= 5
 
 
+def test_what_is_calm_is_not_asked_about() -> None:
+    ward = Ward(declares=(100, 101), tells=True)
+
+    async def story(pulse: Pulse) -> None:
+        await ward.polls(pulse, 5)
+        ward.traffics = ward.listed = ward.looks = 0
+        await ward.polls(pulse, 600)
+        assert (ward.traffics, ward.listed, ward.looks) == (0, 0, 0)
+        del ward.threads[101]
+        await ward.polls(pulse, 3)
+
+    told, *_ = ward.live(story)
+    assert isinstance(told, ServerAils)
+    assert told.kind is Ailment.DEAD_QUEUE
+
+
+def test_where_nobody_tells_of_threads_each_poll_looks_for_them() -> None:
+    ward = Ward(declares=(100, 101))
+
+    async def story(pulse: Pulse) -> None:
+        await ward.polls(pulse, 600)
+        assert ward.listed > 590
+        del ward.threads[101]
+        await ward.polls(pulse, 3)
+
+    told, *_ = ward.live(story)
+    assert isinstance(told, ServerAils)
+    assert told.kind is Ailment.DEAD_QUEUE
+
+
+@pytest.mark.parametrize("sees_idle", [True, False])
+def test_a_stall_after_a_long_calm_counts_from_its_beginning(sees_idle: bool) -> None:  # noqa: FBT001
+    ward = Ward(declares=(100, 101), tells=True, traffic=Traffic(0, 7), sees_idle=sees_idle)
+
+    async def story(pulse: Pulse) -> None:
+        await ward.polls(pulse, 600)
+        ward.traffic = Traffic(3, 7)
+        await ward.polls(pulse, 35)
+
+    ward.live(story)
+    [(at, event)] = ward.told
+    assert isinstance(event, ServerAils)
+    assert event.kind is Ailment.STALL
+    assert 600 + 29 <= at <= 600 + 33
+    assert event.since == pytest.approx(600, abs=1.1)
+
+
 def test_what_it_declares_is_asked_for_until_it_is_said_but_not_for_ever() -> None:
     ward = Ward()
 

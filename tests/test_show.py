@@ -193,6 +193,19 @@ def test_a_device_that_is_not_known_is_one_line(
     place.store = Place(place.config.parent).store
 
 
+def test_an_old_document_that_was_confirmed_is_fresh(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(place, *ALL, age_s=3600)
+    place.run("status")
+    assert "SILENT" in capsys.readouterr().out
+    place.store.confirm_status()
+    place.run("status")
+    assert "SILENT" not in out(capsys)
+    place.run("status", "-o", "json")
+    assert json.loads(out(capsys))["written_at"] == pytest.approx(time.time(), abs=60)
+
+
 @pytest.mark.parametrize("words", [["--watch", "ublkb0"], ["--watch=0"], ["-o", "xml"], ["sda"]])
 def test_wrong_usage(place: Place, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
