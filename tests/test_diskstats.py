@@ -45,5 +45,9 @@ def test_where_there_is_no_such_file_nothing_is_known(tmp_path: Path) -> None:
     assert Idle(tmp_path / "none")() == {}
 
 
-def test_the_kernels_own_file_is_understood() -> None:
-    Idle()()
+def test_a_file_that_was_mounted_there_is_not_the_kernels(tmp_path: Path) -> None:
+    path = tmp_path / "diskstats"
+    path.symlink_to("/proc/diskstats")  # as near as one comes to that without a mount
+    assert Idle(path)() == {}
+    assert Idle(path)._read() == b""
+    assert Idle()._read() != b""

@@ -37,9 +37,21 @@ def test_what_was_laid_out_is_sent_again_and_again_in_one_call() -> None:
         for slot in range(ring.entries):
             ring.lay(slot, nop(slot))
         for count in (5, 8, 1, 3, 7) * 10:  # over the end of both queues
-            ring.send(count, 5)
+            assert ring.send(count, 5) == count
             assert sorted(ring.results()) == [(slot, 0) for slot in range(count)]
         assert ring.results() == []
+
+
+def test_what_was_not_taken_does_not_wait_for_the_next_time() -> None:
+    ring = Ring(4)
+    ring.lay(0, nop(7))
+    descriptor, ring.fd = ring.fd, -1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        ring.send(1, 0)
+    ring.fd = descriptor
+    with contextlib.closing(ring):
+        assert ring.send(1, 5) == 1
+        assert ring.results() == [(7, 0)]
 
 
 def test_a_send_waits_no_longer_than_it_may() -> None:

@@ -44,21 +44,16 @@ class Glance:
         """
         self._free_stuck()
         self._done = asyncio.get_running_loop().create_future()
-        self._failed = {}
-        if len(self._stuck) >= _STUCK_MAX:
-            self._missing = set(range(len(dev_ids)))
+        self._missing, self._failed = set(), dict.fromkeys(range(len(dev_ids)), 0)
+        if len(self._stuck) < _STUCK_MAX:
+            ring = self._laid_out(fd, dev_ids)
+            taken = ring.send(len(dev_ids), _WAIT_S)
+            self._missing = set(range(taken))
+            self._collect()
+            if self._missing:
+                asyncio.get_running_loop().add_reader(ring.fd, self._collect)
+        else:
             self._done.set_result(None)
-            return self._done
-        ring = self._laid_out(fd, dev_ids)
-        self._missing = set(range(len(dev_ids)))
-        try:
-            ring.send(len(dev_ids), _WAIT_S)
-        except OSError:
-            self._give_up()
-            raise
-        self._collect()
-        if self._missing:
-            asyncio.get_running_loop().add_reader(ring.fd, self._collect)
         return self._done
 
     def end(self) -> tuple[bytes, dict[int, int]]:
@@ -67,10 +62,9 @@ class Glance:
         That is an errno, or 0 where nothing has come; its bytes then mean nothing.
         """
         answers = self._buffer.bytes()
-        failed = self._failed | dict.fromkeys(self._missing, 0)
-        if self._missing and self._ring is not None:
+        if self._missing:
             self._give_up()
-        return answers, failed
+        return answers, self._failed
 
     def close(self) -> None:
         """Give the ring back, between two glances."""
@@ -105,9 +99,12 @@ class Glance:
     def _collect(self) -> None:
         if self._ring is None or self._done is None:
             return
-        results = self._ring.results()
-        self._missing.difference_update(place for place, _ in results)
-        self._failed |= {place: -result for place, result in results if result < 0}
+        for place, result in self._ring.results():
+            self._missing.discard(place)
+            if result < 0:
+                self._failed[place] = -result
+            else:
+                del self._failed[place]
         if not self._missing and not self._done.done():
             asyncio.get_running_loop().remove_reader(self._ring.fd)
             self._done.set_result(None)
@@ -117,7 +114,7 @@ class Glance:
         assert self._ring is not None
         asyncio.get_running_loop().remove_reader(self._ring.fd)
         self._stuck.append((self._ring, self._buffer, len(self._missing)))
-        self._ring = None
+        self._ring, self._missing = None, set()
 
     def _free_stuck(self) -> None:
         kept = []

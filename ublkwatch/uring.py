@@ -130,11 +130,11 @@ class Ring:
         at = slot * uapi.SQE128_SIZE
         self._sqes[at : at + uapi.SQE128_SIZE] = sqe
 
-    def send(self, count: int, wait_s: float) -> None:
-        """Submit what was laid into the first slots, and wait at most so long for their answers.
+    def send(self, count: int, wait_s: float) -> int:
+        """Submit what was laid into the first slots, and wait at most so long for the answers.
 
-        In one system call. Nothing may be under way meanwhile. After an OSError the ring is of no
-        use any more, and some of it may be with the kernel.
+        In one system call. Nothing may be under way meanwhile. Returns how many were taken: all, or
+        as many as there was memory for; OSError when none was.
         """
         span = uapi.kernel_timespec.pack(tv_sec=int(wait_s), tv_nsec=int(wait_s % 1 * 1e9))
         until = Buffer(span)
@@ -147,11 +147,12 @@ class Ring:
         self._words[self._array : self._array + count - ahead] = self._in_order[ahead:count]
         self._words[self._sq_tail] = tail + count & 0xFFFFFFFF
         flags = uapi.IORING_ENTER_GETEVENTS | uapi.IORING_ENTER_EXT_ARG
-        left = count
-        while left:  # all at once, unless memory is short
-            left -= _syscall(
-                uapi.SYS_IO_URING_ENTER, self.fd, left, count, flags, more.address, more.size
+        try:
+            return _syscall(
+                uapi.SYS_IO_URING_ENTER, self.fd, count, count, flags, more.address, more.size
             )
+        finally:
+            self._words[self._sq_tail] = self._words[self._sq_head]  # who was not taken waits not
 
     def results(self) -> list[tuple[int, int]]:
         """Return what reap() yields, for many: the lower half of user_data, and res."""
