@@ -328,8 +328,7 @@ def _declared() -> tuple[Measure, ...]:
         Measure(
             "event_loop_lag_seconds",
             gauge,
-            "By how much a poll was late, at most, in the last minute, since the event loop was kept "
-            "from running.",
+            "By how much a poll was late, at most, in the last minute: the event loop had not run.",
             (),
             experimental,
         ),
