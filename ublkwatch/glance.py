@@ -1,8 +1,8 @@
 """GET_DEV_INFO of all devices at once: one submission, on a ring that is kept for it.
 
 What is asked stays the same for as long as the devices do, so its SQEs and buffers are laid out
-once, and a glance is one system call. Up to Linux 6.18 a worker of the kernel's answers, from then
-on the call itself; either way the command takes no lock and never sleeps on a device.
+once, and a glance is one system call. Before Linux 7.0 workers of the kernel answer, from then on
+the call itself; either way the command takes no lock and never sleeps on a device.
 """
 
 from __future__ import annotations
