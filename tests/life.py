@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ class Life(PlainLauncher):
             servers=self,
             launcher=self,
             store=self,
-            dev_ids=world.driver.dev_ids,
+            present=world.driver.present,
             threads=NO_THREADS,
             traffic=lambda _: None,
             instance=self.instance,
@@ -112,6 +113,14 @@ class Life(PlainLauncher):
             self.world.torn -= 1
             state = DevState.QUIESCED
         return info if state is None else replace(info, state=state)
+
+    async def get_dev_infos(self, dev_ids: Collection[int]) -> dict[int, DevInfo | OSError]:
+        reads = [self.get_dev_info(dev_id) for dev_id in dev_ids]
+        came = await asyncio.gather(*reads, return_exceptions=True)
+        for error in came:
+            if isinstance(error, BaseException) and not isinstance(error, OSError):
+                raise error
+        return dict(zip(dev_ids, came, strict=True))  # type: ignore[arg-type]
 
     async def call(
         self, command: str, dev_id: int, key: str, *, timeout_s: float, **arguments: float

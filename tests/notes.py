@@ -11,6 +11,7 @@ class Notes(Meter):
 
     def __init__(self) -> None:
         self.commands: list[tuple[str, int]] = []
+        self.batches: list[tuple[str, int]] = []
         self.took_s: list[float] = []
         self.records: list[Record] = []
         self.polls: list[bool] = []  # whether they failed
@@ -20,6 +21,10 @@ class Notes(Meter):
 
     def command(self, name: str, error: int, took_s: float) -> None:
         self.commands.append((name, error))
+        self.took_s.append(took_s)
+
+    def answered(self, name: str, count: int, took_s: float) -> None:
+        self.batches.append((name, count))
         self.took_s.append(took_s)
 
     def stepped(self, record: Record, now: float) -> None:

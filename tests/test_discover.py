@@ -41,6 +41,24 @@ def test_without_the_module_there_are_none(tmp_path: Path) -> None:
     assert discover.dev_ids(tmp_path) == set()
 
 
+def test_every_device_is_present_with_the_life_of_its_disk(sysfs: Path) -> None:
+    before = discover.present(sysfs)
+    assert before.keys() == {0, 7, 12}
+    assert before[12] is None
+    assert before == discover.present(sysfs)
+    # Made before the old one is gone: a file system gives numbers out again.
+    (sysfs / "block/new").mkdir()
+    (sysfs / "block/ublkb7").rename(sysfs / "block/old")
+    (sysfs / "block/new").rename(sysfs / "block/ublkb7")
+    after = discover.present(sysfs)
+    assert after[0] == before[0]
+    assert after[7] not in (before[7], None)
+
+
+def test_without_the_module_nothing_is_present(tmp_path: Path) -> None:
+    assert discover.present(tmp_path) == {}
+
+
 def test_an_instance_names_boot_and_disk(sysfs: Path) -> None:
     assert discover.instance(0, BOOT, sysfs) == "5c1f/41"
     assert discover.instance(7, BOOT, sysfs) == "5c1f/9"

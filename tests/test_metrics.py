@@ -393,6 +393,16 @@ def test_commands_count_by_their_answer_and_all_that_are_sent_are_there_at_zero(
     assert scraped.value(name, command="STOP_DEV", le="0.0025") == 3
 
 
+def test_commands_that_were_sent_together_all_count_and_took_one_time() -> None:
+    scraped = Scraped()
+    scraped.metrics.answered("GET_DEV_INFO", 500, 0.002)
+    scraped.metrics.answered("GET_DEV_INFO", 0, 5.0)
+    total = scraped.value("control_commands_total", command="GET_DEV_INFO", result="ok")
+    assert total == 500
+    name = "control_command_duration_seconds_count"
+    assert scraped.value(name, command="GET_DEV_INFO") == 1
+
+
 def test_a_poll_that_failed_is_no_success() -> None:
     scraped = Scraped()
     last = "poll_last_success_timestamp_seconds"

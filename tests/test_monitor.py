@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import errno
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +18,19 @@ from plain import NO_THREADS, PlainLauncher
 
 from ublkwatch.care import Care, Job, Origin, Spec
 from ublkwatch.ctrl import CtrlError
-from ublkwatch.events import Transition
+from ublkwatch.events import Asked, Transition
 from ublkwatch.lanes import Lanes
-from ublkwatch.model import DevInfo, Generation, Phase, Policy, Reason, Record, ServerId, Traffic
+from ublkwatch.model import (
+    DevInfo,
+    Generation,
+    Order,
+    Phase,
+    Policy,
+    Reason,
+    Record,
+    ServerId,
+    Traffic,
+)
 from ublkwatch.monitor import Monitor
 from ublkwatch.perform import Edges, Threads
 from ublkwatch.rules import Unmanaged
@@ -62,6 +72,8 @@ class World(PlainLauncher):
     care: Care | Unmanaged = field(default_factory=Unmanaged)
     notes: Notes = field(default_factory=Notes)
     info_error: int = 0
+    disk: int = 1
+    instances: int = 0  # how often a device was looked at
 
     def monitor(self, **policy: Any) -> Monitor:
         clock = asyncio.get_running_loop().time
@@ -72,7 +84,7 @@ class World(PlainLauncher):
             servers=self,
             launcher=self,
             store=self,
-            dev_ids=self.dev_ids,
+            present=self.present,
             threads=self.threads,
             traffic=lambda _: self.traffic,
             instance=self.instance,
@@ -92,14 +104,15 @@ class World(PlainLauncher):
         return self.seen
 
     def instance(self, _dev_id: int) -> str:
+        self.instances += 1
         if self.instance_error is not None:
             raise self.instance_error
         return "boot/1"
 
-    def dev_ids(self) -> set[int]:
+    def present(self) -> dict[int, int | None]:
         if self.blind:
             raise PermissionError(errno.EACCES, "/sys/class/ublk-char")
-        return {0} if self.info else set()
+        return {0: self.disk} if self.info else {}
 
     def crash(self) -> None:
         assert self.info
@@ -113,6 +126,15 @@ class World(PlainLauncher):
         if self.info is None or self.info_error:
             raise CtrlError(self.info_error or errno.ENODEV, "GET_DEV_INFO", dev_id)
         return self.info
+
+    async def get_dev_infos(self, dev_ids: Collection[int]) -> dict[int, DevInfo | OSError]:
+        found: dict[int, DevInfo | OSError] = {}
+        for dev_id in dev_ids:
+            try:
+                found[dev_id] = await self.get_dev_info(dev_id)
+            except OSError as error:
+                found[dev_id] = error
+        return found
 
     async def call(
         self, command: str, dev_id: int, key: str, *, timeout_s: float, **arguments: float
@@ -405,6 +427,41 @@ def test_who_serves_is_asked_for_once_and_the_rules_only_when_somebody_else_does
         await until(lambda: len(world.asked) == 2, "the rules are asked anew")
 
     play(world, story)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda world: setattr(world, "disk", 2),
+        lambda world: setattr(world, "info", replace(world.info, owner_uid=7)),
+        lambda world: setattr(world, "info_error", errno.EIO),
+        lambda world: world.seen.reconsider(),
+        lambda world: world.seen.ask(0, Asked(Order.HOLD)),
+    ],
+    ids=["disk", "answer", "error", "rules", "order"],
+)
+def test_a_device_at_rest_is_left_alone_until_something_is_other(
+    change: Callable[[World], object],
+) -> None:
+    world = World()
+
+    async def story() -> None:
+        await phase(world, Phase.WATCHING)
+        await polled(world, 5)
+        looks, changes = world.instances, world.seen.changes
+        await polled(world, 50)
+        assert (world.instances, world.seen.changes) == (looks, changes)
+        change(world)
+        await polled(world, 5)
+        world.info_error = 0
+        await until(lambda: world.instances > looks, "it is looked at")
+
+    play(world, story)
+
+
+async def polled(world: World, times: int) -> None:
+    over = world.seen.polls + times
+    await until(lambda: world.seen.polls >= over, "it looks on")
 
 
 def test_after_a_restart_the_rules_are_known_before_anything_is_resumed() -> None:

@@ -52,6 +52,10 @@ class Ward:
     asked: int = 0
     looks: int = 0
     reads: int = 0
+    sees_idle: bool = True  # /proc/diskstats is to be had
+    tells: bool = False  # of watched threads that end
+    traffics: int = 0
+    listed: int = 0
 
     def policy(self, dev_id: int) -> Policy:
         assert dev_id == 0
@@ -71,9 +75,10 @@ class Ward:
         async def run() -> None:
             loop = asyncio.get_running_loop()
             edges = SimpleNamespace(
-                traffic=lambda _: self.traffic,
+                traffic=self._traffic,
+                idle=self._idle,
                 threads=Threads(
-                    lambda _: set(self.threads), self._look, self._declared, self._watch
+                    self._alive, self._look, self._declared, self._watch, self._watches
                 ),
                 clock=loop.time,
             )
@@ -92,6 +97,27 @@ class Ward:
         for _ in range(count):
             pulse.look([self.record], 2 * POLL_S)
             await asyncio.sleep(POLL_S)
+
+    def _traffic(self, dev_id: int) -> Traffic | None:
+        assert dev_id == 0
+        self.traffics += 1
+        return self.traffic
+
+    def _idle(self) -> dict[int, Traffic]:
+        return (
+            {0: self.traffic}
+            if self.sees_idle and self.traffic and not self.traffic.inflight
+            else {}
+        )
+
+    def _alive(self, pid: int) -> set[int]:
+        assert pid == OLD.pid
+        self.listed += 1
+        return set(self.threads)
+
+    def _watches(self, server: ServerId, tids: Iterable[int]) -> bool:
+        assert server == OLD
+        return self.tells and set(tids) <= set(self.threads)
 
     def _look(self, pid: int) -> dict[int, Thread]:
         assert pid == OLD.pid
@@ -341,6 +367,53 @@ def test_a_dead_queue_that_is_only_said_is_said_now_and_then() -> None:
     assert 2 <= len(ward.live(story)) <= 5
 
 
+def test_what_is_calm_is_not_asked_about() -> None:
+    ward = Ward(declares=(100, 101), tells=True)
+
+    async def story(pulse: Pulse) -> None:
+        await ward.polls(pulse, 5)
+        ward.traffics = ward.listed = ward.looks = 0
+        await ward.polls(pulse, 600)
+        assert (ward.traffics, ward.listed, ward.looks) == (0, 0, 0)
+        del ward.threads[101]
+        await ward.polls(pulse, 3)
+
+    told, *_ = ward.live(story)
+    assert isinstance(told, ServerAils)
+    assert told.kind is Ailment.DEAD_QUEUE
+
+
+def test_where_nobody_tells_of_threads_each_poll_looks_for_them() -> None:
+    ward = Ward(declares=(100, 101))
+
+    async def story(pulse: Pulse) -> None:
+        await ward.polls(pulse, 600)
+        assert ward.listed > 590
+        del ward.threads[101]
+        await ward.polls(pulse, 3)
+
+    told, *_ = ward.live(story)
+    assert isinstance(told, ServerAils)
+    assert told.kind is Ailment.DEAD_QUEUE
+
+
+@pytest.mark.parametrize("sees_idle", [True, False])
+def test_a_stall_after_a_long_calm_counts_from_its_beginning(sees_idle: bool) -> None:  # noqa: FBT001
+    ward = Ward(declares=(100, 101), tells=True, traffic=Traffic(0, 7), sees_idle=sees_idle)
+
+    async def story(pulse: Pulse) -> None:
+        await ward.polls(pulse, 600)
+        ward.traffic = Traffic(3, 7)
+        await ward.polls(pulse, 35)
+
+    ward.live(story)
+    [(at, event)] = ward.told
+    assert isinstance(event, ServerAils)
+    assert event.kind is Ailment.STALL
+    assert 600 + 29 <= at <= 600 + 33
+    assert event.since == pytest.approx(600, abs=1.1)
+
+
 def test_what_it_declares_is_asked_for_until_it_is_said_but_not_for_ever() -> None:
     ward = Ward()
 
@@ -414,8 +487,8 @@ def test_a_server_that_hangs_is_told_of_ended_and_replaced() -> None:
 class Two(Hung):
     """Two devices of one process that hangs."""
 
-    def dev_ids(self) -> set[int]:
-        return {0, 1}
+    def present(self) -> dict[int, int | None]:
+        return {0: 1, 1: 2}
 
     async def get_dev_info(self, dev_id: int) -> DevInfo:
         return replace(await super().get_dev_info(dev_id), dev_id=dev_id)

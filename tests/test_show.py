@@ -41,8 +41,10 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 
 def write(place: Place, *records: Record, age_s: float = 0.0) -> dict[str, Any]:
-    made = document(*records) | {"written_at": time.time() - age_s}
+    at = time.time() - age_s
+    made = document(*records) | {"written_at": at}
     place.store.write_status(json.dumps(made))
+    os.utime(place.runtime_dir / "status.json", (at, at))
     return made
 
 
@@ -189,6 +191,19 @@ def test_a_device_that_is_not_known_is_one_line(
     assert place.run("status", "7") == Exit.NOT_RUNNING
     assert error(capsys).endswith("and ublkwatch is not running")
     place.store = Place(place.config.parent).store
+
+
+def test_an_old_document_that_was_confirmed_is_fresh(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(place, *ALL, age_s=3600)
+    place.run("status")
+    assert "SILENT" in capsys.readouterr().out
+    place.store.confirm_status()
+    place.run("status")
+    assert "SILENT" not in out(capsys)
+    place.run("status", "-o", "json")
+    assert json.loads(out(capsys))["written_at"] == pytest.approx(time.time(), abs=60)
 
 
 @pytest.mark.parametrize("words", [["--watch", "ublkb0"], ["--watch=0"], ["-o", "xml"], ["sda"]])

@@ -135,6 +135,15 @@ def test_why_a_server_was_lost_is_told() -> None:
         assert lost["asked_by"] == "me"
 
 
+def test_what_is_told_ages_while_failures_are_about_to_be_forgotten() -> None:
+    policy = Policy(stable_s=30)
+    recent = replace(HEALTHY, since=NOW - 10, failures=(NOW - 20,))
+    assert status.ages(recent, policy, NOW)
+    assert not status.ages(recent, policy, NOW + 20), "they are"
+    assert not status.ages(replace(recent, failures=()), policy, NOW)
+    assert not status.ages(replace(BACKING_OFF, failures=(NOW,)), policy, NOW), "they all count"
+
+
 def test_who_serves_and_since_when_is_told() -> None:
     made = status.document(
         [HEALTHY, replace(BACKING_OFF, candidate=ServerId(7, 8, "boot"))],

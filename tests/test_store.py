@@ -164,6 +164,22 @@ def test_the_last_save_counts_and_a_dropped_record_is_gone(store: Store) -> None
     assert store.load_records() == {}
 
 
+def test_a_status_that_holds_still_is_confirmed_by_its_files_time(
+    store: Store, tmp_path: Path
+) -> None:
+    with pytest.raises(FileNotFoundError):
+        store.confirm_status()
+    store.write_status("{}")
+    path = tmp_path / "run/status.json"
+    os.utime(path, (1000, 1000))
+    before = path.stat()
+    store.confirm_status()
+    after = path.stat()
+    assert after.st_mtime > before.st_mtime
+    assert after.st_ino == before.st_ino
+    assert path.read_text() == "{}"
+
+
 def test_specs_come_back_as_they_were(store: Store) -> None:
     other = replace(SPEC, dev_id=4)
     store.save_spec(SPEC)

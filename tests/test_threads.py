@@ -147,8 +147,11 @@ def test_a_pidfd_tells_of_a_threads_end() -> None:
             assert not servers._threads, "of a process that is not watched"
             servers.watch(server)
             servers.watch_threads(server, [*tids, 1 << 22])
+            assert servers.watches(server, tids)
+            assert not servers.watches(server, [*tids, 1 << 22])
             end(process, 0)
             await until(lambda: told == ["look"], "it is told")
+            assert not servers.watches(server, tids)
             servers.kill(server)
             await until(lambda: not servers._threads, "forgotten with its process")
         servers.close()

@@ -18,6 +18,8 @@ RING_LAYOUTS = (
     uapi.io_sqring_offsets,
     uapi.io_cqring_offsets,
     uapi.io_uring_params,
+    uapi.io_uring_getevents_arg,
+    uapi.kernel_timespec,
 )
 ALL_LAYOUTS = (*uapi.LAYOUTS, *RING_LAYOUTS)
 

@@ -12,6 +12,8 @@ import pytest
 from ublkwatch import uapi
 from ublkwatch.uring import Buffer, Ring, _syscall
 
+OP_READ = 22
+
 
 def nop(user_data: int) -> bytes:
     return uapi.io_uring_sqe.pack(opcode=uapi.IORING_OP_NOP, user_data=user_data)
@@ -27,6 +29,46 @@ def test_every_nop_is_completed_once_round_and_round_the_queue() -> None:
             ring.submit(wait=4)
             seen += ring.reap()
     assert sorted(seen) == [(number, 0) for number in range(40)]
+
+
+def test_what_was_laid_out_is_sent_again_and_again_in_one_call() -> None:
+    ring = Ring(8)
+    with contextlib.closing(ring):
+        for slot in range(ring.entries):
+            ring.lay(slot, nop(slot))
+        for count in (5, 8, 1, 3, 7) * 10:  # over the end of both queues
+            assert ring.send(count, 5) == count
+            assert sorted(ring.results()) == [(slot, 0) for slot in range(count)]
+        assert ring.results() == []
+
+
+def test_what_was_not_taken_does_not_wait_for_the_next_time() -> None:
+    ring = Ring(4)
+    ring.lay(0, nop(7))
+    descriptor, ring.fd = ring.fd, -1
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        ring.send(1, 0)
+    ring.fd = descriptor
+    with contextlib.closing(ring):
+        assert ring.send(1, 5) == 1
+        assert ring.results() == [(7, 0)]
+
+
+def test_a_send_waits_no_longer_than_it_may() -> None:
+    reading, writing = os.pipe()
+    buffer = Buffer(1)
+    ring = Ring(2)
+    with contextlib.closing(ring):
+        read = uapi.io_uring_sqe.pack(opcode=OP_READ, fd=reading, addr=buffer.address, len=1)
+        ring.lay(0, read)
+        ring.send(1, 0.001)
+        assert ring.results() == []
+        os.write(writing, b"x")
+        ring.lay(1, nop(1))
+        ring.submit(wait=1)
+        assert ring.results() == [(0, 1)]
+    os.close(reading)
+    os.close(writing)
 
 
 def test_a_full_queue_is_ebusy_until_it_is_submitted() -> None:

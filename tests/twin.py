@@ -109,9 +109,10 @@ class Driver:
         """GET_DEV_INFO: takes no lock and never waits (6.2)."""
         return self._device(dev_id).info()
 
-    def dev_ids(self) -> set[int]:
-        """/sys/class/ublk-char: from ADD_DEV to DEL_DEV (5.2)."""
-        return {dev_id for dev_id, device in self.devices.items() if not device.removed}
+    def present(self) -> dict[int, int | None]:
+        """/sys/class/ublk-char: from ADD_DEV to DEL_DEV, each with its disk in /sys/block (5.2)."""
+        found = (dev_id for dev_id, device in self.devices.items() if not device.removed)
+        return {dev_id: self.diskseq(dev_id) for dev_id in found}
 
     def diskseq(self, dev_id: int) -> int | None:
         """/sys/block/ublkbN/diskseq: while there is a disk (5.2)."""

@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ublkwatch import uapi
 from ublkwatch.async_ring import AsyncRing, Operation
+from ublkwatch.glance import MOST, Glance
 from ublkwatch.meter import Meter
 from ublkwatch.model import DevInfo, errno_name
 from ublkwatch.uapi import Cmd, DevFlags, DevState
@@ -39,6 +40,7 @@ _MEANING = {
 }
 
 
+_GLANCE_S = 2.0  # for all; who has not answered by then is asked alone
 _BEAT_S = 0.5  # of patience: what a stall of ours counts at most
 
 
@@ -66,13 +68,33 @@ class UblkCtrl:
     when no device exists.
     """
 
-    def __init__(self, ring: AsyncRing, node: Path = CONTROL, meter: Meter | None = None) -> None:
+    def __init__(
+        self,
+        ring: AsyncRing,
+        node: Path = CONTROL,
+        meter: Meter | None = None,
+        glance: Glance | None = None,
+    ) -> None:
+        """``glance`` may be one that asks otherwise."""
         self._ring = ring
         self._node = node
         self._meter = meter or Meter()
-        self.wedged = 0  # commands that were not answered in time, and are with the kernel still
+        self._wedged = 0
         self._fd = -1
         self._users = 0
+        self._glance = glance or Glance()
+        self._seen: dict[int, tuple[bytes, DevInfo]] = {}  # at the last glance
+        self._glanced: tuple[tuple[int, ...], bytes] = ((), b"")  # where nothing failed
+        self._infos: dict[int, DevInfo | CtrlError] = {}
+
+    @property
+    def wedged(self) -> int:
+        """How many commands were not answered in time, and are with the kernel still."""
+        return self._wedged + self._glance.wedged
+
+    def close(self) -> None:
+        """Give back what get_dev_infos() has of its own."""
+        self._glance.close()
 
     async def get_features(self, *, timeout_s: float = 5) -> DevFlags:
         """Return what the driver can do; CtrlError on Linux before 6.5, which cannot say."""
@@ -85,6 +107,48 @@ class UblkCtrl:
         answer = Buffer(uapi.ublksrv_ctrl_dev_info.size)
         await self._run(Cmd.GET_DEV_INFO, dev_id, buffer=answer, timeout_s=timeout_s)
         return unpack_dev_info(answer.bytes())
+
+    async def get_dev_infos(self, dev_ids: Collection[int]) -> dict[int, DevInfo | CtrlError]:
+        """Return what get_dev_info() returns or raises, of each, with one submission for all.
+
+        Of a device that is as it was the last time it is the very same object. Who is not answered
+        in time is left out: ask it alone. OSError where nobody can be asked so.
+        """
+        if not dev_ids:
+            return {}
+        asked, clock = tuple(sorted(dev_ids)[:MOST]), asyncio.get_running_loop().time
+        fd, began = self._open(), clock()
+        try:
+            try:
+                await patiently(self._glance.begin(fd, asked), _GLANCE_S)
+            finally:
+                answers, failed = self._glance.end()
+        finally:
+            self._release()
+        self._meter.answered("GET_DEV_INFO", len(asked) - len(failed), clock() - began)
+        for code in filter(None, failed.values()):
+            self._meter.command("GET_DEV_INFO", code, clock() - began)
+        if failed or self._glanced != (asked, answers):
+            self._infos = self._taken(asked, answers, failed)
+            self._glanced = ((), b"") if failed else (asked, answers)
+        return self._infos
+
+    def _taken(
+        self, asked: tuple[int, ...], answers: bytes, failed: dict[int, int]
+    ) -> dict[int, DevInfo | CtrlError]:
+        infos: dict[int, DevInfo | CtrlError] = {}
+        seen, size = {}, uapi.ublksrv_ctrl_dev_info.size
+        for place, dev_id in enumerate(asked):
+            if place not in failed:
+                answer = answers[place * size : (place + 1) * size]
+                before = self._seen.get(dev_id)
+                same = before is not None and before[0] == answer
+                seen[dev_id] = before if before and same else (answer, unpack_dev_info(answer))
+                infos[dev_id] = seen[dev_id][1]
+            elif code := failed[place]:
+                infos[dev_id] = CtrlError(code, "GET_DEV_INFO", dev_id)
+        self._seen = seen
+        return infos
 
     async def get_queue_affinity(
         self, dev_id: int, queue: int, *, timeout_s: float = 5
@@ -195,12 +259,12 @@ class UblkCtrl:
             await operation.result(deadline - asyncio.get_running_loop().time())
         except CtrlError:
             if not operation.done.done():
-                self.wedged += 1
+                self._wedged += 1
                 operation.done.add_done_callback(self._unwedge)
             raise
 
     def _unwedge(self, _: asyncio.Future[int]) -> None:
-        self.wedged -= 1
+        self._wedged -= 1
 
     async def _begin(
         self, command: Cmd, dev_id: int | None, *, buffer: Buffer | None = None, data: int = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import grp
-import json
 import logging
 import os
 import random
@@ -30,11 +29,13 @@ from ublkwatch import (
 )
 from ublkwatch.apart import Apart
 from ublkwatch.armour import Armour
+from ublkwatch.bulletin import CONFIRM_S, Bulletin
 from ublkwatch.care import Care, Origin
 from ublkwatch.config import Config
 from ublkwatch.ctrl import UblkCtrl
 from ublkwatch.ctrl_worker import Workers
 from ublkwatch.desk import Desk
+from ublkwatch.diskstats import Idle
 from ublkwatch.driver import UnavailableError, ask_features, open_ring
 from ublkwatch.events import Transition
 from ublkwatch.health import Health
@@ -61,7 +62,6 @@ from ublkwatch.usage import usage
 
 _log = logging.getLogger("ublkwatch")
 
-_STATUS_INTERVAL_S = 0.2
 _TICKS = os.sysconf("SC_CLK_TCK")
 _UEVENTS_RETRY_S = 10.0
 _DRAIN_S = 10.0
@@ -87,7 +87,13 @@ class Daemon:
         self._load = load
         self._settings = settings
         self._store = store
-        self._dirty = asyncio.Event()
+        self._bulletin = Bulletin(
+            self._compose,
+            lambda: self._monitor.changes,
+            store,
+            self._status_told,
+            lambda: time.time() - time.monotonic(),
+        )
         self._metrics = Metrics(clock=time.monotonic, wall=time.time)
         self._news = News(settings.runtime_dir, store, self._metrics)
         self._armour = Armour()
@@ -111,6 +117,7 @@ class Daemon:
                 await self._watch(ctrl, features, stop)
             finally:
                 lines.close()
+                ctrl.close()
         finally:
             ring.close()
 
@@ -138,9 +145,16 @@ class Daemon:
             servers=servers,
             launcher=launcher,
             store=self._store,
-            threads=Threads(threads.alive, threads.look, declared_threads, servers.watch_threads),
-            dev_ids=discover.dev_ids,
+            threads=Threads(
+                threads.alive,
+                threads.look,
+                declared_threads,
+                servers.watch_threads,
+                servers.watches,
+            ),
+            present=discover.present,
             traffic=discover.traffic,
+            idle=Idle(),
             instance=partial(discover.instance, boot_id=boot_id),
             holds=server.holds,
             publish=self._publish,
@@ -152,6 +166,7 @@ class Daemon:
             kept=Kept(settings.runtime_dir),
             lanes=Lanes(settings.starts_at_once),
             meter=self._metrics,
+            beat=self._beat,
         )
         self._monitor = Monitor(
             self._wrap(edges),
@@ -199,9 +214,8 @@ class Daemon:
     async def _run_tasks(self, stop: asyncio.Event) -> None:
         works: list[Coroutine[Any, Any, Any]] = [
             self._monitor.run(self._settings.poll_interval_s),
-            self._write_status_for_ever(),
+            self._bulletin.publish_for_ever(),
             self._news.write_for_ever(),
-            self._health.watch(),
             self._follow_uevents_for_ever(),
         ]
         tasks = [asyncio.create_task(work) for work in works]
@@ -270,14 +284,14 @@ class Daemon:
         level, text = log.line(transition)
         _log.log(level, text)
         self._metrics.publish(transition)
-        self._dirty.set()
+        self._bulletin.dirty()
         self._news.take(chronicle.event(transition, logging.getLevelName(level).lower(), text))
         if (outage := chronicle.outage_over(transition)) is not None:
             self._news.take(outage)
 
     def _remember(self, entry: dict[str, Any]) -> None:
         """Keep an order; what it changed is worth a status document, too."""
-        self._dirty.set()
+        self._bulletin.dirty()
         self._news.take(entry)
 
     def _chosen(self, dev_id: int) -> Policy | None:
@@ -290,35 +304,33 @@ class Daemon:
 
     # --- subscribers with a pace of their own ----------------------------------------------------
 
-    async def _write_status_for_ever(self) -> None:
-        """Write the document when something changed, and at least as often as we poll."""
-        while True:
-            document = status.document(
-                self._monitor.records(),
-                self._monitor.policy,
-                wall=time.time(),
-                now=time.monotonic(),
-                pid=os.getpid(),
-                generation=self._generation,
-                interval_s=max(_STATUS_INTERVAL_S, self._settings.poll_interval_s),
-                name=self._server_name,
-                started_at=_started_at,
-            )
-            reader = page.Reader(wall=document["written_at"], running=True)
-            self._manager.says(page.summary(document["devices"], reader))
-            try:
-                await asyncio.to_thread(self._store.write_status, json.dumps(document))
-            except OSError as error:
-                _log.warning("status not written: %s", error)
-                self._metrics.dropped("status")
-                self._health.wrote(error.strerror or str(error))
-            else:
-                self._health.wrote()
-            await asyncio.sleep(_STATUS_INTERVAL_S)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.poll_interval_s):
-                    await self._dirty.wait()
-            self._dirty.clear()
+    def _compose(self) -> tuple[dict[str, Any], bool]:
+        """Return the status document of now, and whether time alone changes it."""
+        records, policy, now = self._monitor.records(), self._monitor.policy, time.monotonic()
+        document = status.document(
+            records,
+            policy,
+            wall=time.time(),
+            now=now,
+            pid=os.getpid(),
+            generation=self._generation,
+            interval_s=CONFIRM_S,
+            name=self._server_name,
+            started_at=_started_at,
+        )
+        reader = page.Reader(wall=document["written_at"], running=True)
+        self._manager.says(page.summary(document["devices"], reader))
+        return document, any(status.ages(each, policy(each.dev_id), now) for each in records)
+
+    def _status_told(self, trouble: str) -> None:
+        if trouble:
+            self._metrics.dropped("status")
+        self._health.wrote(trouble)
+
+    def _beat(self, late_s: float) -> None:
+        """Take it that a poll is over, which began so much too late."""
+        self._health.beat(late_s)
+        self._bulletin.look()
 
     async def _follow_uevents_for_ever(self) -> None:
         """Uevents are hints: without them devices are found by the poll."""

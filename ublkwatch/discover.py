@@ -10,9 +10,8 @@ at everything.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import re
+import os
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,10 +29,34 @@ _UEVENT_MAX = 8192  # lib/kobject_uevent.c: UEVENT_BUFFER_SIZE is 2048, and a he
 
 def dev_ids(sysfs: Path = _SYSFS) -> set[int]:
     """Return the ids of all devices, started or not; none while the module is not loaded."""
-    with contextlib.suppress(FileNotFoundError):
-        names = [path.name for path in (sysfs / "class/ublk-char").iterdir()]
-        return {int(name[5:]) for name in names if re.fullmatch(r"ublkc\d+", name)}
-    return set()
+    return set(_numbered(sysfs / "class/ublk-char", "ublkc"))
+
+
+def present(sysfs: Path = _SYSFS) -> dict[int, int | None]:
+    """Return all devices as dev_ids() does, each with a number for this life of its disk.
+
+    None stands for no disk. The number means nothing, but that a disk that comes in another's
+    place has another one: a name in sysfs has its inode's for as long as it is there, and the
+    kernel gives none of them out twice in a boot (fs/kernfs/dir.c, __kernfs_new_node()). So two
+    directories say of all devices what instance() says of one.
+    """
+    disks = _numbered(sysfs / "block", "ublkb")
+    return {dev_id: disks.get(dev_id) for dev_id in _numbered(sysfs / "class/ublk-char", "ublkc")}
+
+
+def _numbered(directory: Path, prefix: str) -> dict[int, int]:
+    """Return the inode of each name that is this prefix and a number."""
+    try:
+        with os.scandir(directory) as entries:
+            found = {entry.name: entry.inode() for entry in entries}
+    except FileNotFoundError:
+        return {}
+    at = len(prefix)
+    return {
+        int(name[at:]): inode
+        for name, inode in found.items()
+        if name.startswith(prefix) and name[at:].isdecimal()
+    }
 
 
 def instance(dev_id: int, boot_id: str, sysfs: Path = _SYSFS) -> str | None:

@@ -23,7 +23,7 @@ from ublkwatch.uapi import DevState
 _INIT_PID_NS = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
 _SYSTEMD_MIN = 240  # Type=exec
 _AS_ROOT = "run this as root"
-_STALE_S = 10.0  # of the status document, at the most
+_STALE_S = 15.0  # of the status document, at the most
 CAPABILITIES = {
     "CAP_SYS_ADMIN": (21, Level.BAD, "every control command of ublk"),
     "CAP_SYS_PTRACE": (19, Level.WARN, "seeing who has a device open"),

@@ -9,7 +9,6 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-_BEAT_S = 0.5
 _LAG_S = 60.0  # for which a lag is remembered
 _STALE_S = 30.0  # without a poll, or a status document, beyond three polls' time
 
@@ -29,16 +28,9 @@ class Health:
         self._trouble = ""  # with the runtime directory
         self._lags: deque[tuple[float, float]] = deque()  # (when, how long), ever smaller
 
-    async def watch(self) -> None:
-        """Beat, for ever: who is late was kept from running."""
-        while True:
-            due = self._clock() + _BEAT_S
-            await asyncio.sleep(_BEAT_S)
-            now = self._clock()
-            self.beat(now, max(0.0, now - due))
-
-    def beat(self, now: float, late_s: float) -> None:
-        """Take it that the loop had its turn, so much too late."""
+    def beat(self, late_s: float) -> None:
+        """Take it that the loop had its turn, so much too late; to be told with every poll."""
+        now = self._clock()
         while self._lags and self._lags[-1][1] <= late_s:
             self._lags.pop()  # what was less, and will be forgotten earlier
         self._lags.append((now, late_s))

@@ -273,7 +273,8 @@ def _declared() -> tuple[Measure, ...]:
         Measure(
             "control_command_duration_seconds",
             histogram,
-            "Time until a control command was answered, or not waited for any more.",
+            "Time until a control command was answered, or not waited for any more; a poll asks "
+            "GET_DEV_INFO of all devices at once, which is one.",
             (Label("command", COMMANDS),),
             experimental,
             _FINE_BUCKETS,
@@ -327,7 +328,7 @@ def _declared() -> tuple[Measure, ...]:
         Measure(
             "event_loop_lag_seconds",
             gauge,
-            "By how much the event loop was late, at most, in the last minute.",
+            "By how much a poll was late, at most, in the last minute: the event loop had not run.",
             (),
             experimental,
         ),

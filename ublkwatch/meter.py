@@ -15,6 +15,9 @@ class Meter:
     def command(self, name: str, error: int, took_s: float) -> None:
         """Take it that a control command was answered: 0, or an errno."""
 
+    def answered(self, name: str, count: int, took_s: float) -> None:
+        """Take it that so many control commands, sent together, were answered 0, the last then."""
+
     def stepped(self, record: Record, now: float) -> None:
         """Take it that a fact was stepped over a device, of which this is the record now."""
 

@@ -108,6 +108,12 @@ class Metrics(Meter):
         self._counters["control_commands"].labels(name, answer_of(error)).inc()
         self._histograms["control_command_duration_seconds"].labels(name).observe(took_s)
 
+    def answered(self, name: str, count: int, took_s: float) -> None:
+        """Count control commands that were sent together, and time them once."""
+        if count:
+            self._counters["control_commands"].labels(name, answer_of(0)).inc(count)
+            self._histograms["control_command_duration_seconds"].labels(name).observe(took_s)
+
     def stepped(self, record: Record, now: float) -> None:
         """Go on with a device's downtime; one that we act on has its counters from now on."""
         self._downtime.note(record, now)

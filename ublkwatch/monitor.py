@@ -9,32 +9,26 @@ a syscall, a file or a library.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 from dataclasses import dataclass, replace
 
 from ublkwatch import ailing, chronicle, orders, recovery
-from ublkwatch.attempt import ATTEMPTING
 from ublkwatch.care import Spec
 from ublkwatch.events import (
     Asked,
     Event,
-    InfoMissing,
-    InfoRead,
     Ready,
-    Resumed,
     ServerAils,
     ServerExited,
     ShutdownBegun,
     Transition,
     Woken,
 )
-from ublkwatch.model import UNKNOWN, DevInfo, Phase, Policy, Reason, Record, ServerId
+from ublkwatch.lookout import Lookout
+from ublkwatch.model import UNKNOWN, Phase, Policy, Reason, Record, ServerId
 from ublkwatch.perform import Edges, Performer
 from ublkwatch.pulse import Pulse
 from ublkwatch.starts import tag_of
-from ublkwatch.uapi import DevState
-from ublkwatch.unreadable import Unreadable
 from ublkwatch.unsaved import Unsaved
 from ublkwatch.who import Who
 
@@ -74,13 +68,16 @@ class Monitor:
         self.care, self.origin = self._who.care, self._who.origin
         self._performer = Performer(edges, specs, self)
         self._pulse = Pulse(edges, self, self._performer.spawn)
+        self._lookout = Lookout(
+            edges, self, self._performer, self._who, self._unsaved, self._records, records
+        )
         self._waiting: dict[int, asyncio.Future[str]] = {}  # for an order to be taken, by its id()
         self._shutting_down = False
-        self._unreadable = Unreadable()
         self._look = asyncio.Event()
         self._interval_s = 0.0
         self._ran = edges.clock()
         self.polls = 0
+        self._changes = 0
 
     # --- what others see -------------------------------------------------------------------------
 
@@ -91,6 +88,11 @@ class Monitor:
     def all_records(self) -> list[Record]:
         """Return all devices of which there is a record, those of a former life, too."""
         return [*self._records.values(), *self._former.values()]
+
+    @property
+    def changes(self) -> int:
+        """How often something has changed of what is known of the devices."""
+        return self._changes + self._who.changes
 
     def policy(self, dev_id: int, event: Event | None = None) -> Policy:
         """Return the policy of one device, with what is true of it just now, as ``event`` comes."""
@@ -197,7 +199,8 @@ class Monitor:
                 self._unsaved.keep(dev_id, event)  # and all that come behind it
                 self._performer.spawn(dev_id, self._try_again(dev_id))
                 return
-            self._records[dev_id] = after
+            if after != before:
+                self._put(after)
             self._edges.meter.stepped(after, now)
             if after.phase is Phase.GONE:
                 self._forget(dev_id)
@@ -233,6 +236,7 @@ class Monitor:
         """
         if not self._shutting_down and await self._edges.launcher.shutting_down():
             self._shutting_down = True
+            self._changes += 1
             _log.warning("the host shuts down: nothing is recovered any more")
             for record in self.records():
                 self.post(record.dev_id, ShutdownBegun())
@@ -244,7 +248,7 @@ class Monitor:
         if slept_s > _STALL_S:
             _log.warning("did not run for %.1f s; all deadlines are put off", slept_s)
             for dev_id, record in self._records.items():
-                self._records[dev_id] = recovery.delayed(record, slept_s)
+                self._put(recovery.delayed(record, slept_s))
                 self._arm(self._records[dev_id])
 
     def _commit(self, before: Record, after: Record, dev_id: int) -> bool:
@@ -261,7 +265,7 @@ class Monitor:
 
     async def _try_again(self, dev_id: int) -> None:
         await asyncio.sleep(_SAVE_RETRY_S)
-        self._inbox.put_nowait((dev_id, _DiskAgain(await self._ask(dev_id))))
+        self._inbox.put_nowait((dev_id, _DiskAgain(await self._lookout.ask(dev_id))))
 
     def _catch_up(self, dev_id: int, now_true: Event | None) -> None:
         """Step what was put off, as far as the disk takes it."""
@@ -280,13 +284,14 @@ class Monitor:
         before, now = self._records.get(dev_id), self._edges.clock()
         if before is not None and before.reason is not Reason.INTERNAL_ERROR:
             after = recovery.quarantined(before, repr(error), now)
-            self._records[dev_id] = after
+            self._put(after)
             self._edges.meter.stepped(after, now)
             self._arm(after)
             self._edges.publish(Transition(self._edges.wall(), now, before, after, "Bug"))
 
     def _forget(self, dev_id: int) -> None:
         del self._records[dev_id]
+        self._changes += 1
         if timer := self._timers.pop(dev_id, None):
             timer.cancel()
         self._unsaved.drop(dev_id)
@@ -306,92 +311,44 @@ class Monitor:
     # --- looking ---------------------------------------------------------------------------------
 
     async def _poll_for_ever(self, interval_s: float) -> None:
-        housekeeping = 0.0
+        housekeeping = late_s = 0.0
         while True:
             self._look.clear()
             began = self._edges.clock()
             self._notice_stall(began)
-            ids = self._edges.dev_ids() | self._records.keys() | self._former.keys()
-            reads = (self.read(dev_id) for dev_id in ids)
-            came = await asyncio.gather(*reads, return_exceptions=True)
-            for dev_id, error in zip(ids, came, strict=True):
-                if isinstance(error, Exception):
-                    self.quarantine(dev_id, error)
-            failed = any(isinstance(error, Exception) for error in came)
-            failed |= self._unreadable.among(ids)
+            failed = await self._lookout.all()
             self._edges.meter.polled(self._edges.clock() - began, failed=failed)
             self._pulse.look(self.records(), 2 * interval_s + _STALL_S)
             self.polls += 1
+            self._edges.beat(late_s)
             if self._edges.clock() >= housekeeping:
                 self._edges.launcher.keep_only({tag_of(record) for record in self.all_records()})
                 self._edges.launcher.trim()
                 housekeeping = self._edges.clock() + _HOUSEKEEPING_S
-            try:
-                async with asyncio.timeout(interval_s):
-                    await self._look.wait()
-            except TimeoutError:
-                pass
+            late_s = await self._rest(interval_s)
+
+    async def _rest(self, interval_s: float) -> float:
+        """Wait for the next poll; return how late we were, where we were kept from running."""
+        due = self._edges.clock() + interval_s
+        try:
+            async with asyncio.timeout(interval_s):
+                await self._look.wait()
+        except TimeoutError:
+            return max(0.0, self._edges.clock() - due)
+        return 0.0
 
     async def read(self, dev_id: int) -> None:
-        """GET_DEV_INFO, and what we make of a device that is new to us."""
-        if (fact := await self._ask(dev_id)) is not None:
-            self.post(dev_id, fact)
+        """Look at one device."""
+        await self._lookout.read(dev_id)
 
-    async def _ask(self, dev_id: int) -> Event | None:
-        try:
-            info = await self._edges.ctrl.get_dev_info(dev_id)
-        except OSError as error:
-            if error.errno == errno.ENODEV:
-                self._unreadable.drop(dev_id)
-                self._abandon_former(dev_id)
-                return InfoMissing()
-            self._unreadable.add(dev_id, error)
-            return None
-        self._unreadable.drop(dev_id)
-        instance = self._edges.instance(dev_id)
-        record = self._records.get(dev_id)
-        if instance is None and info.state is not DevState.DEAD:
-            return None  # its disk comes or goes just now; the next read sees which
-        if record is None:
-            former = self._former.get(dev_id)
-            if info.state is DevState.DEAD and former is not None and former.stopped:
-                instance = former.instance  # by ourselves: that and why is still worth knowing
-            elif info.state is DevState.DEAD or instance is None:
-                self._abandon_former(dev_id)
-                return None  # added and not started yet, or stopped: no disk, nothing to keep alive
-            record = await self._meet(info, instance)
-            if record is None:
-                return None  # nobody can tell yet in whose care it is
-        return InfoRead(info, instance or record.instance, await self._who.serves(info, record))
+    def met(self, record: Record) -> None:
+        """Take the record of a device that was seen for the first time."""
+        self._put(record)
 
-    async def _meet(self, info: DevInfo, instance: str) -> Record | None:
-        dev_id = info.dev_id
-        former = self._former.get(dev_id)
-        if former is None or former.instance != instance:
-            self._abandon_former(dev_id)
-            record = Record(dev_id=dev_id, instance=instance, since=self._edges.clock())
-            self._records[dev_id] = record
-            return record
-        found = await self._performer.ends.find(tag_of(former))
-        await self._who.serves(info, former)
-        if not self._who.cared_for(dev_id):
-            return None  # to go on without knowing would mean to give it up
-        node = f"/dev/ublkc{dev_id}"
-        candidates = [server for server in found if server != former.server]
-        candidates.sort(key=lambda server: not self._edges.holds(server.pid, node))
-        self._edges.launcher.listen(tag_of(former))
-        del self._former[dev_id]
-        self._records[dev_id] = former
-        self.post(dev_id, Resumed(candidates[0] if candidates else None))
-        return former
-
-    def _abandon_former(self, dev_id: int) -> None:
-        """End what an attempt of our former life left of a device that is gone."""
-        former = self._former.pop(dev_id, None)
-        if former is not None:
-            self._edges.store.drop_record(dev_id)
-            if former.phase in ATTEMPTING:
-                self._performer.spawn(dev_id, self._performer.ends.abandon(former))
+    def _put(self, record: Record) -> None:
+        """Let this be what is known of a device now."""
+        self._records[record.dev_id] = record
+        self._changes += 1
 
 
 def _lasting(record: Record) -> Record:

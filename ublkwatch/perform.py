@@ -10,7 +10,7 @@ import asyncio
 import errno
 import json
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -56,6 +56,7 @@ class Ctrl(Protocol):
     """ctrl.UblkCtrl, as far as it never sleeps on a device."""
 
     async def get_dev_info(self, dev_id: int) -> DevInfo: ...
+    async def get_dev_infos(self, dev_ids: Collection[int]) -> Mapping[int, DevInfo | OSError]: ...
 
 
 class Workers(Protocol):
@@ -93,6 +94,8 @@ class Threads:
     look: Callable[[int], dict[int, Thread]]
     declared: Callable[[DevInfo], tuple[int, ...]]
     watch: Callable[[ServerId, Iterable[int]], None]
+    # Whether all of these would be told of by watch(), and have not ended.
+    watched: Callable[[ServerId, Iterable[int]], bool] = lambda _server, _tids: False
 
 
 @dataclass
@@ -105,7 +108,7 @@ class Edges:
     launcher: Launcher
     store: Store
     threads: Threads
-    dev_ids: Callable[[], set[int]]
+    present: Callable[[], Mapping[int, int | None]]  # devices, each with what its disk's life is
     traffic: Callable[[int], Traffic | None]
     instance: Callable[[int], str | None]
     holds: Callable[[int, str], bool]
@@ -118,6 +121,8 @@ class Edges:
     kept: starts.Kept
     lanes: Lanes
     meter: Meter = field(default_factory=Meter)
+    idle: Callable[[], Mapping[int, Traffic]] = dict  # traffic() of disks that have none just now
+    beat: Callable[[float], None] = lambda _: None  # by how much the loop was late, at each poll
 
 
 class Caller(ends.Caller, Protocol):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ublkwatch import symptoms
 from ublkwatch.events import Event, ServerAils, ServerWell
-from ublkwatch.model import Ailment, DevInfo, Phase, Policy, Record, ServerId
+from ublkwatch.model import Ailment, DevInfo, Phase, Policy, Record, ServerId, Traffic
 from ublkwatch.perform import Edges
 from ublkwatch.symptoms import Flow, Thread
 from ublkwatch.uapi import DevFlags, DevState
@@ -48,6 +48,8 @@ class _Patient:
     ask_at: float = 0.0
     again_at: float = 0.0  # when what was told is told anew, if it lasts
     attended: bool = False  # somebody looks at its threads just now
+    # As of the last look that has found nothing to do: its record, and its disk's idle traffic.
+    calm: tuple[Record, Traffic] | None = None
 
 
 class Pulse:
@@ -63,10 +65,14 @@ class Pulse:
         self._edges, self._threads = edges, edges.threads
         self._monitor, self._spawn = monitor, spawn
         self._patients: dict[int, _Patient] = {}
+        self._looked = 0.0
 
     def look(self, records: Iterable[Record], beat_s: float) -> None:
-        """Look at all devices that are served; ``beat_s`` is the longest time between two looks."""
-        patients = {}
+        """Look at all devices that are served; ``beat_s`` is the longest time between two looks.
+
+        Of one that is as calm as it was there is nothing to be seen.
+        """
+        patients, now, idle = {}, self._edges.clock(), self._edges.idle()
         for record in records:
             live = record.info is not None and record.info.state is DevState.LIVE
             if record.phase is Phase.WATCHING and record.server and live:
@@ -74,17 +80,42 @@ class Pulse:
                 if patient is None or patient.server != record.server:
                     patient = _Patient(record.server)
                 patients[record.dev_id] = patient
+                traffic = idle.get(record.dev_id)
+                if self._as_calm(patient, record, traffic, now):
+                    continue
                 try:
-                    self._examine(record, patient, beat_s)
+                    self._examine(record, patient, traffic, beat_s)
                 except Exception as error:  # noqa: BLE001 - as below
                     _log.error("ublk %d: its server was not looked at: %r", record.dev_id, error)
-        self._patients = patients
+        self._patients, self._looked = patients, now
 
-    def _examine(self, record: Record, patient: _Patient, beat_s: float) -> None:
+    def _as_calm(
+        self, patient: _Patient, record: Record, traffic: Traffic | None, now: float
+    ) -> bool:
+        calm = patient.calm
+        return (
+            calm is not None
+            and calm[0] is record
+            and calm[1] is traffic
+            and (not self._lacks(patient) if patient.declared else now < patient.ask_at)
+        )
+
+    def _lacks(self, patient: _Patient) -> bool:
+        """Tell whether a thread that it declared is gone."""
+        if not patient.declared or self._threads.watched(patient.server, patient.declared):
+            return False
+        return bool(set(patient.declared) - self._threads.alive(patient.server.pid))
+
+    def _examine(
+        self, record: Record, patient: _Patient, idle: Traffic | None, beat_s: float
+    ) -> None:
+        was_calm, patient.calm = patient.calm is not None, None
         if record.ill is not None and record.ill.condemned:
             return
         now, dev_id, server = self._edges.clock(), record.dev_id, patient.server
-        before, traffic = patient.flow, self._edges.traffic(dev_id)
+        before, traffic = patient.flow, idle or self._edges.traffic(dev_id)
+        if was_calm and before is not None:  # until the last look
+            before = replace(before, seen=self._looked)
         if traffic is not None:
             patient.flow = symptoms.observe(before, traffic, now, beat_s)
         still_s = patient.flow.still_s if patient.flow else 0.0
@@ -95,7 +126,7 @@ class Pulse:
             return
         timeout_s = self._monitor.policy(dev_id).stall_timeout_s
         again = now >= patient.again_at
-        if set(patient.declared) - self._threads.alive(server.pid):
+        if self._lacks(patient):
             if again or record.ill is None or stalled:
                 self._attend(dev_id, patient, self._find_lost(dev_id, patient))
         elif timeout_s and still_s >= timeout_s and again:
@@ -105,6 +136,8 @@ class Pulse:
             patient.ask_at = now + pause_s if pause_s <= _ASK_MAX_S else float("inf")
             patient.asked += 1
             self._attend(dev_id, patient, self._meet(patient, record.info))
+        elif idle is not None and record.ill is None:
+            patient.calm = record, idle
 
     def _attend(self, dev_id: int, patient: _Patient, work: Coroutine[Any, Any, None]) -> None:
         async def attend() -> None:

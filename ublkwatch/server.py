@@ -149,6 +149,10 @@ class Servers:
                 watched[tid] = os.pidfd_open(tid, _PIDFD_THREAD)
                 self._loop.add_reader(watched[tid], self._end_thread, server, tid)
 
+    def watches(self, server: ServerId, tids: Iterable[int]) -> bool:
+        """Tell whether all of these threads are watched, so that none of them has ended."""
+        return set(tids) <= self._threads.get(server, {}).keys()
+
     def _end_thread(self, server: ServerId, tid: int) -> None:
         pidfd = self._threads[server].pop(tid)
         self._loop.remove_reader(pidfd)

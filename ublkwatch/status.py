@@ -65,8 +65,8 @@ def document(  # noqa: PLR0913 - each by its name
 ) -> dict[str, Any]:
     """Return the status document of this moment; ``generation`` is the driver's.
 
-    It is written anew every ``interval_s`` at least. ``name`` is the server's, for people, and
-    ``started_at`` the wall time at which a process was started.
+    It is written anew, or confirmed, every ``interval_s`` at least. ``name`` is the server's, for
+    people, and ``started_at`` the wall time at which a process was started.
     """
     devices = [
         _device(record, policy(record.dev_id), Times(now, wall, str))
@@ -86,6 +86,12 @@ def document(  # noqa: PLR0913 - each by its name
 def attempts_left(record: Record, policy: Policy, now: float) -> int:
     """Return how many more attempts may fail until the device is given up."""
     return max(0, policy.attempts_max - len(_counted(record, policy, now)))
+
+
+def ages(record: Record, policy: Policy, now: float) -> bool:
+    """Tell whether the passing of time alone changes what the document says of a device."""
+    recent = record.phase is Phase.WATCHING and now - record.since < policy.stable_s
+    return recent and bool(record.failures)
 
 
 def _counted(record: Record, policy: Policy, now: float) -> tuple[float, ...]:

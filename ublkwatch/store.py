@@ -161,6 +161,10 @@ class Store:
         """Replace the status document, which everybody may read."""
         replace_file(self._runtime_dir / "status.json", document, mode=0o644)
 
+    def confirm_status(self) -> None:
+        """Say that the document holds still: by its modification time. OSError."""
+        os.utime(self._runtime_dir / "status.json")
+
     def _load(self, directory: Path, decode: Any) -> Iterator[Any]:
         for path in sorted(directory.glob("*.json")):
             try:

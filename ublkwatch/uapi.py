@@ -231,6 +231,7 @@ SYS_IO_URING_REGISTER = 427
 IORING_SETUP_CLAMP = 1 << 4
 IORING_SETUP_SQE128 = 1 << 10
 IORING_ENTER_GETEVENTS = 1 << 0
+IORING_ENTER_EXT_ARG = 1 << 3  # since Linux 5.11
 IORING_FEAT_SINGLE_MMAP = 1 << 0
 IORING_FEAT_NODROP = 1 << 1
 IORING_OFF_SQ_RING = 0
@@ -263,3 +264,7 @@ io_uring_params = Layout(
     "sq_entries:I cq_entries:I flags:I sq_thread_cpu:I sq_thread_idle:I features:I wq_fd:I "
     "resv:12s sq_off:40s cq_off:40s",
 )
+io_uring_getevents_arg = Layout(
+    "io_uring_getevents_arg", "sigmask:Q sigmask_sz:I min_wait_usec:I ts:Q"
+)
+kernel_timespec = Layout("__kernel_timespec", "tv_sec:q tv_nsec:q")

@@ -33,4 +33,6 @@ class Unreadable:
 
     def among(self, dev_ids: Iterable[int]) -> bool:
         """Tell whether some of them could not be read that are ours to read."""
-        return any(self._errors.get(each, _UNPRIVILEGED) != _UNPRIVILEGED for each in dev_ids)
+        return bool(self._errors) and any(
+            self._errors.get(each, _UNPRIVILEGED) != _UNPRIVILEGED for each in dev_ids
+        )

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import mmap
 import os
+from array import array
 from collections.abc import Iterator
 
 from ublkwatch import uapi
@@ -81,12 +82,14 @@ class Ring:
             self.fd, self.entries * uapi.SQE128_SIZE, offset=uapi.IORING_OFF_SQES
         )
         self._words = memoryview(self._rings).cast("I")
+        self._signed = memoryview(self._rings).cast("i")
         self._sq_head, self._sq_tail = sq["head"] // 4, sq["tail"] // 4
         self._cq_head, self._cq_tail = cq["head"] // 4, cq["tail"] // 4
         self._sq_mask, self._cq_mask = self.entries - 1, values["cq_entries"] - 1
-        self._cqes = cq["cqes"]
-        for index in range(self.entries):  # the indirection array is not needed: identity, for ever
-            self._words[sq["array"] // 4 + index] = index
+        self._cqes, self._array = cq["cqes"], sq["array"] // 4
+        self._in_order = memoryview(array("I", range(self.entries)))
+        # push() needs no indirection: identity, for ever.
+        self._words[self._array : self._array + self.entries] = self._in_order
 
     def push(self, sqe: bytes) -> None:
         """Queue one SQE for the next submit(); OSError EBUSY when the queue is full."""
@@ -122,6 +125,52 @@ class Ring:
             self._words[self._cq_head] = head
             yield cqe["user_data"], cqe["res"]
 
+    def lay(self, slot: int, sqe: bytes) -> None:
+        """Put an SQE into a slot, where it stays for every send(); not for a ring of push()."""
+        at = slot * uapi.SQE128_SIZE
+        self._sqes[at : at + uapi.SQE128_SIZE] = sqe
+
+    def send(self, count: int, wait_s: float) -> int:
+        """Submit what was laid into the first slots, and wait at most so long for the answers.
+
+        In one system call. Nothing may be under way meanwhile. Returns how many were taken: all, or
+        as many as there was memory for; OSError when none was.
+        """
+        span = uapi.kernel_timespec.pack(tv_sec=int(wait_s), tv_nsec=int(wait_s % 1 * 1e9))
+        until = Buffer(span)
+        more = Buffer(uapi.io_uring_getevents_arg.pack(ts=until.address))
+        tail = self._words[self._sq_tail]
+        at = tail & self._sq_mask
+        ahead = min(count, self.entries - at)  # before the end of the queue
+        first = self._array + at
+        self._words[first : first + ahead] = self._in_order[:ahead]
+        self._words[self._array : self._array + count - ahead] = self._in_order[ahead:count]
+        self._words[self._sq_tail] = tail + count & 0xFFFFFFFF
+        flags = uapi.IORING_ENTER_GETEVENTS | uapi.IORING_ENTER_EXT_ARG
+        try:
+            return _syscall(
+                uapi.SYS_IO_URING_ENTER, self.fd, count, count, flags, more.address, more.size
+            )
+        finally:
+            self._words[self._sq_tail] = self._words[self._sq_head]  # who was not taken waits not
+
+    def results(self) -> list[tuple[int, int]]:
+        """Return what reap() yields, for many: the lower half of user_data, and res."""
+        head = self._words[self._cq_head]
+        count = self._words[self._cq_tail] - head & 0xFFFFFFFF
+        self._words[self._cq_head] = head + count & 0xFFFFFFFF
+        found: list[tuple[int, int]] = []
+        words = uapi.io_uring_cqe.size // 4
+        while count:
+            at = head & self._cq_mask
+            here = min(count, self._cq_mask + 1 - at)
+            first = self._cqes // 4 + at * words
+            last = first + here * words
+            whose = self._words[first:last:words].tolist()
+            found += zip(whose, self._signed[first + 2 : last : words].tolist(), strict=True)
+            head, count = head + here, count - here
+        return found
+
     def limit_workers(self, bounded: int) -> None:
         """Allow this thread's commands so many sleeping io-wq workers.
 
@@ -135,6 +184,7 @@ class Ring:
     def close(self) -> None:
         """Give the ring back; commands that are still under way are cancelled by the kernel."""
         self._words.release()
+        self._signed.release()
         self._rings.close()
         self._sqes.close()
         os.close(self.fd)

@@ -45,6 +45,7 @@ class Who:
         self._specs = specs
         self._cares: dict[int, Care | Unmanaged] = {}
         self._origins: dict[int, tuple[ServerId, Origin]] = {}
+        self.changes = 0  # of what is known here
         self._stale: set[int] = set()  # devices about which the rules are asked at the next look
 
     async def serves(self, info: DevInfo, record: Record) -> ServerId | None:
@@ -65,6 +66,14 @@ class Who:
     def cared_for(self, dev_id: int) -> bool:
         """Tell whether it is known in whose care the device is, if in anybody's."""
         return dev_id in self._cares
+
+    def settled(self, dev_id: int) -> Care | Unmanaged | None:
+        """Return in whose care a device is; None while the rules are to be asked about it."""
+        care, asking = self._cares.get(dev_id), self._asking.get(dev_id)
+        if dev_id in self._stale or (asking is not None and not asking.done()):
+            return None
+        untrusted = isinstance(care, Unmanaged) and care.reason is Reason.UNTRUSTED
+        return None if untrusted else care
 
     async def refresh(self, record: Record) -> None:
         """Ask the rules anew about one device, now."""
@@ -98,8 +107,9 @@ class Who:
         now = self._current(dev_id)
         if dev_id in self._cares and now is not None and now.phase in _TRYING:
             self._stale.add(dev_id)  # an attempt has begun meanwhile
-        else:
+        elif self._cares.get(dev_id) != care:
             self._cares[dev_id] = care
+            self.changes += 1
 
     def _take_in(self, server: ServerId, record: Record) -> None:
         """Learn what a process is that we see serving for the first time.
@@ -117,6 +127,7 @@ class Who:
         else:
             self._stale.add(record.dev_id)
         self._origins[record.dev_id] = (server, origin)
+        self.changes += 1
 
     def care(self, dev_id: int) -> Care | None:
         """Return whose care the device is in, if anybody's."""

@@ -71,9 +71,14 @@ def pause(seconds: float) -> bool:
 
 
 def document_of(settings: Config) -> dict[str, Any]:
-    """Return the status document of the daemon that runs, or ran last; OSError, ValueError."""
-    document: dict[str, Any] = json.loads((settings.runtime_dir / "status.json").read_text())
-    return document
+    """Return the status document of the daemon that runs, or ran last; OSError, ValueError.
+
+    One that says the same as before is not written anew, but its file's time is.
+    """
+    with (settings.runtime_dir / "status.json").open() as file:
+        document: dict[str, Any] = json.load(file)
+        confirmed = os.fstat(file.fileno()).st_mtime
+    return document | {"written_at": max(document["written_at"], confirmed)}
 
 
 def locked(path: Path) -> bool:

@@ -1,0 +1,32 @@
+"""What is made of the samples at rest: what is there anyway, and what each device adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench import rest
+
+
+def row(devices: int) -> dict[str, Any]:
+    return {
+        "devices": devices,
+        "pss_bytes": (40_000 + 50 * devices) * 1024,
+        "cpu_s_per_s": 0.001 + 0.00002 * devices,
+        "syscalls_per_poll": 30 + devices / 64,
+    }
+
+
+def rounded(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {name: {key: round(value, 6) for key, value in of.items()} for name, of in found.items()}
+
+
+def test_what_is_fixed_and_what_each_device_adds() -> None:
+    assert rounded(rest.summary([row(1), row(64), row(500)])) == {
+        "pss_kib": {"fixed": 40_000, "per_device": 50},
+        "cpu_us_per_s": {"fixed": 1000, "per_device": 20},
+        "syscalls_per_poll": {"fixed": 30, "per_device": round(1 / 64, 6)},
+    }
+
+
+def test_of_one_number_of_devices_nothing_is_said_for_each() -> None:
+    assert rounded(rest.summary([row(7)]))["pss_kib"] == {"fixed": 40_350, "per_device": 0}
