@@ -1,0 +1,265 @@
+"""Who takes part: ublkwatch, the oracle in two languages, and what people do without either."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bench import lot as lots
+from bench.cast import DEADLINE_S, BenchError, Supervisor, wait_for
+from bench.contestant import Contestant, Plain, Script, Stage, Told
+from bench.lot import Lot, filled
+from bench.witness import Witness
+from ublkwatch.uapi import DevState
+
+UNITS = Path("/run/systemd/system")
+# Phases of ublkwatch, by the moments with which they begin.
+_MARKS = {"lost": "detected", "probation": "told_live"}
+
+
+class Ublkwatch(Plain):
+    """`ublkwatch run` with its defaults, and a table for each device."""
+
+    everywhere = True
+
+    def __init__(
+        self, stage: Stage, lot: Lot, *, launcher: str = "fork", **keys: str | bool
+    ) -> None:
+        """``keys`` are more of the device's table."""
+        super().__init__(stage, lot)
+        rule: dict[str, object] = {"command": lot.command, "handoff": lot.kind.handoff}
+        if lot.kind.group:
+            rule["group"] = "bench"
+        self._launcher = launcher
+        self._daemon = Supervisor(lot.home, lot.dev_ids, {**rule, **keys}, launcher)
+        self._before: dict[int, dict[str, Any]] = {}
+
+    def unfit(self) -> str:
+        return no_systemd() if self._launcher == "systemd" else ""
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        with self._daemon.running():
+            await self._daemon.learnt(self.lot.dev_ids)
+            yield
+
+    def pids(self) -> list[int]:
+        return list(self._daemon.processes().values())
+
+    async def poise(self) -> None:
+        self._before = {dev_id: self._daemon.device(dev_id) or {} for dev_id in self.lot.dev_ids}
+
+    async def over(self) -> Told:
+        told = {}
+        for dev_id in self.lot.dev_ids:
+            recoveries = self._before[dev_id]["recoveries"] + 1
+            after = await self._daemon.watching(dev_id, recoveries)
+            # The document speaks of the day's clock; its step from ours is the same for all of it.
+            lost = after["detected_at"] - (time.time() - time.monotonic())
+            marks = {_MARKS[name]: lost + s for name, s in after["timeline"] if name in _MARKS}
+            told[dev_id] = {**marks, "attempts": after["attempts"]}
+        return told
+
+    def said(self) -> str:
+        return self._daemon.said()
+
+
+class Oracle(Plain):
+    """A process of bench/oracle.py or bench/c/oracle.c: it kills, and knows what comes."""
+
+    everywhere = True
+
+    def __init__(self, stage: Stage, lot: Lot, program: tuple[str, ...]) -> None:
+        super().__init__(stage, lot)
+        mode = "group" if lot.kind.group else lot.kind.handoff
+        self._command = (*program, mode, str(stage.width), str(lot.home), *lot.command)
+        self._log = lot.home / "oracle.log"
+        self._proc: asyncio.subprocess.Process | None = None
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        pipe = asyncio.subprocess.PIPE
+        with self._log.open("wb") as output:
+            proc = await asyncio.create_subprocess_exec(
+                *self._command, stdin=pipe, stdout=pipe, stderr=output
+            )
+        self._proc = proc
+        try:
+            for dev_id in self.lot.dev_ids:
+                self._say(f"device {dev_id} {await lots.line(self.stage.ctrl, dev_id)}")
+            yield
+        finally:
+            if proc.returncode is None:
+                proc.kill()
+            await proc.wait()
+
+    def pids(self) -> list[int]:
+        assert self._proc is not None
+        return [self._proc.pid]
+
+    async def strike(self, witness: Witness, pids: Mapping[int, int]) -> None:  # noqa: ARG002
+        self._say("go " + " ".join(f"{dev_id}:{pid}" for dev_id, pid in pids.items()))
+
+    async def over(self) -> Told:
+        assert self._proc is not None
+        assert self._proc.stdout is not None
+        line = b""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DEADLINE_S):
+                line = await self._proc.stdout.readline()
+        if not line:
+            raise BenchError(f"no answer from the oracle; {self.said()}")
+        answer = json.loads(line)
+        killed = {"killed": answer["killed"]}
+        return {int(dev_id): {**killed, **each} for dev_id, each in answer["devices"].items()}
+
+    def said(self) -> str:
+        return f"the oracle said:\n{self._log.read_text()}"
+
+    def _say(self, command: str) -> None:
+        assert self._proc is not None
+        assert self._proc.stdin is not None
+        self._proc.stdin.write(f"{command}\n".encode())
+
+
+class Usual(Plain):
+    """What people do with one device and its server's own recover command."""
+
+    def unfit(self) -> str:
+        if self.lot.kind.handoff == "managed":
+            return "it has a recover command only"
+        return "it has one device" if len(self.lot.dev_ids) > 1 else ""
+
+    @property
+    def dev_id(self) -> int:
+        return self.lot.dev_ids[0]
+
+    @property
+    def recover(self) -> str:
+        """The command, which returns when the device is LIVE."""
+        return shlex.join([*filled(self.lot.recover, self.dev_id), "--daemonize"])
+
+
+class ShellLoop(Usual):
+    """``while sleep 1``: list the devices, grep QUIESCED, recover."""
+
+    async def poise(self) -> None:
+        listing = f"{shlex.quote(str(self.stage.programs / 'list'))} {self.dev_id}"
+        script = f"""while sleep 1; do
+            if {listing} | grep -q QUIESCED; then {self.recover}; exit; fi
+        done"""
+        self._script = Script(script, self.lot.home / "shell.log")
+        # A crash comes at any moment of the second.
+        await asyncio.sleep(1 + random.random())  # noqa: S311
+
+    async def over(self) -> Told:
+        await self._script.ended()
+        return {}
+
+
+class FixedSleeps(Usual):
+    """The script of the patches that brought recovery to ublk: kill, sleep 6, recover."""
+
+    async def strike(self, witness: Witness, pids: Mapping[int, int]) -> None:
+        await super().strike(witness, pids)
+        self._script = Script(f"sleep 6; {self.recover}", self.lot.home / "sleeps.log")
+
+    async def over(self) -> Told:
+        await self._script.ended()
+        return {}
+
+
+class Unit(Usual):
+    """A unit of systemd with Restart=always around the recover command, which is the server."""
+
+    def unfit(self) -> str:
+        return super().unfit() or no_systemd()
+
+    @property
+    def _name(self) -> str:
+        return f"ublkwatch-bench-{self.dev_id}.service"
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        ctrl, dev_id = self.stage.ctrl, self.dev_id
+        former = (await ctrl.get_dev_info(dev_id)).ublksrv_pid
+        command = " ".join(f'"{word}"' for word in filled(self.lot.recover, dev_id))
+        working = f"WorkingDirectory={Path.cwd()}"
+        service = f"ExecStart={command}\n{working}\nRestart=always\n"
+        unit = f"[Unit]\nStartLimitIntervalSec=0\n[Service]\n{service}"
+        (UNITS / self._name).write_text(unit)
+        try:
+            _systemctl("daemon-reload")
+            os.kill(former, signal.SIGKILL)
+            await self._until(live=False)
+            _systemctl("start", self._name)
+            await self._until(live=True)
+            yield
+        finally:
+            _systemctl("stop", self._name)
+            (UNITS / self._name).unlink()
+            _systemctl("daemon-reload")
+
+    async def over(self) -> Told:
+        await wait_for(self._active, f"{self._name} to be active")
+        return {}
+
+    async def _until(self, *, live: bool) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while await self._live() is not live:  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0.02)
+
+    async def _live(self) -> bool:
+        info = await self.stage.ctrl.get_dev_info(self.dev_id)
+        return info.state is DevState.LIVE
+
+    def _active(self) -> bool:
+        return (
+            subprocess.run(["systemctl", "-q", "is-active", self._name], check=False).returncode
+            == 0
+        )
+
+
+def no_systemd() -> str:
+    """Say so, where systemd is not the init."""
+    return "" if UNITS.exists() else "no systemd here"
+
+
+def _systemctl(*words: str) -> None:
+    subprocess.run(["systemctl", *words], check=True)
+
+
+def _oracle(stage: Stage, lot: Lot) -> Contestant:
+    return Oracle(stage, lot, (sys.executable, "-m", "bench.oracle"))
+
+
+def _oracle_c(stage: Stage, lot: Lot) -> Contestant:
+    return Oracle(stage, lot, (str(stage.programs / "oracle"),))
+
+
+def _in_units(stage: Stage, lot: Lot) -> Contestant:
+    return Ublkwatch(stage, lot, launcher="systemd")
+
+
+# In the order in which the tables have them. A further one with other keys in its table:
+# lambda stage, lot: Ublkwatch(stage, lot, standby=True).
+CONTESTANTS: dict[str, Callable[[Stage, Lot], Contestant]] = {
+    "ublkwatch": Ublkwatch,
+    "oracle": _oracle,
+    "oracle-c": _oracle_c,
+    "ublkwatch-units": _in_units,
+    "shell-loop": ShellLoop,
+    "unit": Unit,
+    "fixed-sleeps": FixedSleeps,
+}
