@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Ublkwatch(Plain):
     everywhere = True
 
     def __init__(
-        self, stage: Stage, lot: Lot, *, launcher: str = "fork", **keys: str | bool
+        self, stage: Stage, lot: Lot, *, launcher: str = "fork", **keys: str | int
     ) -> None:
         """``keys`` are more of the device's table."""
         super().__init__(stage, lot)
@@ -248,18 +249,27 @@ def _oracle_c(stage: Stage, lot: Lot) -> Contestant:
     return Oracle(stage, lot, (str(stage.programs / "oracle"),))
 
 
-def _in_units(stage: Stage, lot: Lot) -> Contestant:
-    return Ublkwatch(stage, lot, launcher="systemd")
-
-
-# In the order in which the tables have them. A further one with other keys in its table:
-# lambda stage, lot: Ublkwatch(stage, lot, standby=True).
+# ublkwatch, otherwise configured; by its tables: partial(Ublkwatch, standby=True). A host has one
+# ublkwatch at a time, so each of these has a contest of its own, beside the oracle.
+FLAVOURS: dict[str, Callable[[Stage, Lot], Contestant]] = {
+    "ublkwatch-units": partial(Ublkwatch, launcher="systemd"),
+}
+# In the order in which the tables have them.
 CONTESTANTS: dict[str, Callable[[Stage, Lot], Contestant]] = {
     "ublkwatch": Ublkwatch,
     "oracle": _oracle,
     "oracle-c": _oracle_c,
-    "ublkwatch-units": _in_units,
     "shell-loop": ShellLoop,
     "unit": Unit,
     "fixed-sleeps": FixedSleeps,
+    **FLAVOURS,
 }
+
+
+def lineups(names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield who is in the same contest, with the flavour that it is about or ""."""
+    if plain := [name for name in names if name not in FLAVOURS]:
+        yield "", plain
+    for name in names:
+        if name in FLAVOURS:
+            yield name, [name, "oracle"]

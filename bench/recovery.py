@@ -9,6 +9,7 @@ from typing import Any
 
 from bench import plot, stats
 from bench.contest import ORACLE, Contest, Round
+from bench.contestants import lineups
 from bench.lot import Kind
 from bench.options import Options
 from bench.stage import names, say, stage
@@ -38,13 +39,16 @@ async def _measure(options: Options) -> dict[str, Any]:
     async with stage(options) as on:
         with Trace.running() as trace:
             for kind, first in options.kinds():
-                async with (
-                    Witness.running(on.programs, read=True) as witness,
-                    Contest.running(on, names(options), kind, first=first) as contest,
-                ):
-                    samples = await _kind(contest, witness, trace, options.kills, kind)
-                cell = {"kind": asdict(kind), "samples": samples, "missing": contest.missing}
-                cells.append(cell)
+                for flavour, who in lineups(names(options)):
+                    if flavour and not first:
+                        continue
+                    async with (
+                        Witness.running(on.programs, read=True) as witness,
+                        Contest.running(on, who, kind, first=first) as contest,
+                    ):
+                        samples = await _kind(contest, witness, trace, options.kills, kind)
+                    cell = {"kind": asdict(kind), "flavour": flavour, "samples": samples}
+                    cells.append({**cell, "missing": contest.missing})
     return {"kills": options.kills, "warm_up": WARM_UP, "cells": cells}
 
 
@@ -120,7 +124,8 @@ def plots(result: Mapping[str, Any]) -> dict[str, str]:
 
 def _name(cell: Mapping[str, Any]) -> str:
     kind = Kind(**cell["kind"])
-    return f"recovery-{kind.handoff}-{kind.target}-{kind.queues}"
+    flavour = f"-{cell['flavour']}" if cell["flavour"] else ""
+    return f"recovery-{kind.handoff}-{kind.target}-{kind.queues}{flavour}"
 
 
 def _cell(cell: Mapping[str, Any]) -> str:
