@@ -23,9 +23,7 @@ from ublkwatch.ctrl import CtrlError, UblkCtrl
 
 DEADLINE_S = 300.0
 PROBATION_S = 0.2  # not on the way to LIVE; ublkwatch's default would only make the run longer
-# Without run files, by which ublkwatch would care for devices that are not its own in a contest.
-REFERENCE = (sys.executable, "-m", "ublkwatch.demo.server", "--run-dir=")
-SERVER = (*REFERENCE, "--target", "null")
+SERVER = (sys.executable, "-m", "ublkwatch.demo.server", "--target", "null")
 _POLL_S = 0.02
 _QUIET_S = 0.1
 _CHAR_DEVICES = Path("/sys/class/ublk-char")
@@ -129,24 +127,23 @@ class Supervisor:
         home: Path,
         dev_ids: Iterable[int],
         rule: Mapping[str, object] | None = None,
-        launcher: str = "fork",
+        top: Mapping[str, object] | None = None,
     ) -> None:
         """``rule``: the keys of each device's table, where a command for a null target is not all.
 
-        ``launcher``: who starts servers; by default not systemd, since oracles fork.
+        ``top``: keys of the configuration that are not the defaults.
         """
         self.home = home
         self.dev_ids = tuple(dev_ids)
         self._config = home / "ublkwatch.toml"
         self._log = home / "ublkwatch.log"
-        # As JSON has them, strings, numbers, lists and booleans are TOML as well.
-        keys = "".join(
-            f"{key} = {json.dumps(value)}\n" for key, value in (rule or {"command": SERVER}).items()
+        tables = "".join(
+            f"[[device]]\ndev_id = {dev_id}\n{_toml(rule or {'command': SERVER})}"
+            for dev_id in self.dev_ids
         )
         self._config.write_text(
-            f'runtime_dir = "{home}/run"\nstate_dir = "{home}/state"\nlauncher = "{launcher}"\n'
-            f"profiles = false\n[metrics]\nport = 0\n[recovery]\nprobation_s = {PROBATION_S}\n"
-            + "".join(f"[[device]]\ndev_id = {dev_id}\n{keys}" for dev_id in self.dev_ids)
+            f'runtime_dir = "{home}/run"\nstate_dir = "{home}/state"\n{_toml(top or {})}'
+            f"[metrics]\nport = 0\n[recovery]\nprobation_s = {PROBATION_S}\n{tables}"
         )
 
     @contextlib.contextmanager
@@ -207,6 +204,11 @@ class Supervisor:
         if len(workers) != 1:
             raise BenchError(f"ublkwatch has {len(workers)} control workers; {self.said()}")
         return {"daemon": self._proc.pid, "worker": workers[0]}
+
+
+def _toml(keys: Mapping[str, object]) -> str:
+    """Write strings, numbers, lists and booleans: as JSON has them, they are TOML as well."""
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
 
 
 # --- what processes take -------------------------------------------------------------------------

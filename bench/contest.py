@@ -71,7 +71,7 @@ class Contest:
                 await stack.enter_async_context(
                     cast.devices(
                         stage.ctrl, home, lot.dev_ids, kind.queues, kind.depth,
-                        (*cast.REFERENCE, *lot.target),
+                        lot.attach,
                     )
                 )  # fmt: skip
                 stack.callback(cast.end_servers, home)

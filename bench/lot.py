@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.cast import REFERENCE
 from ublkwatch.ctrl import UblkCtrl
 
 HANDOFFS = ("managed", "delegated")
 TARGETS = ("null", "loop")
+# Without run files, by which ublkwatch would care for its contestants' devices, too.
+REFERENCE = (sys.executable, "-m", "ublkwatch.demo.server", "--run-dir=")
 
 
 @dataclass(frozen=True, slots=True)

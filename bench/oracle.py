@@ -82,7 +82,7 @@ class Oracle:
             ready = time.monotonic()
         if shared and not self._launcher.known(tag):
             self._launcher.join(tag, next(iter(self._ready)))
-        self._launcher.write_line(tag, self.lines[dev_id])
+        await self._write(tag, self.lines[dev_id])
         line = time.monotonic()
         await self._ctrl.end_user_recovery(dev_id, pid, timeout_s=RECOVERY_S)
         ended = time.monotonic()
@@ -93,6 +93,15 @@ class Oracle:
             "ended": ended,
             "pid": pid,
         }
+
+    async def _write(self, tag: str, line: str) -> None:
+        while True:
+            try:
+                self._launcher.write_line(tag, line)
+            except BlockingIOError:  # others' lines fill the FIFO of their common server
+                await asyncio.sleep(START_EVERY_S)
+            else:
+                return
 
     async def _server(self, dev_id: int, tag: str) -> int:
         """Start a server and wait until it is READY, which is the end of its turn."""

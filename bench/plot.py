@@ -79,10 +79,15 @@ class _Axis:
         return self._start + share * (self._end - self._start)
 
     def ticks(self) -> list[float]:
-        """Return 1, 2 and 5 of each decade that is in sight."""
+        """Return 1, 2 and 5 of each decade that is in sight, or more where that is too few."""
         decades = range(math.floor(self._low), math.ceil(self._high) + 1)
-        found = (step * 10.0**decade for decade in decades for step in (1, 2, 5))
-        return [tick for tick in found if self._low <= math.log10(tick) <= self._high]
+        found: list[float] = []
+        for steps in ((1, 2, 5), range(1, 10), [step / 10 for step in range(10, 100, 2)]):
+            ticks = (step * 10.0**decade for decade in decades for step in steps)
+            found = [tick for tick in ticks if self._low <= math.log10(tick) <= self._high]
+            if len(found) >= 3:
+                break
+        return found
 
 
 def _text(  # noqa: PLR0913 - a place, the words, and how they look

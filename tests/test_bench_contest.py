@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -12,16 +13,18 @@ import pytest
 from headers import include_directory
 
 from bench import recovery
+from bench.__main__ import SMOKE_S, machine, timeout
 from bench.cast import BenchError
 from bench.contest import Contest, Entrant, Round
 from bench.contestant import Plain, Script, Stage
-from bench.contestants import CONTESTANTS, Ublkwatch, lineups, no_systemd
+from bench.contestants import CONTESTANTS, Ublkwatch, lineups
 from bench.lot import HANDOFFS, Kind, Lot, filled
 from bench.mass import sample as mass_sample
 from bench.options import SMOKE, Options
 from bench.programs import build
 from bench.scenarios import SCENARIOS, chosen
 from bench.trace import moments
+from bench.usual import no_systemd
 from ublkwatch.config import parse
 from ublkwatch.ctrl import UblkCtrl
 
@@ -185,3 +188,26 @@ def test_a_script_must_end_well(tmp_path: Path) -> None:
     asyncio.run(Script("exit 0", tmp_path / "log").ended())
     with pytest.raises(BenchError, match="status 7: no disk"):
         asyncio.run(Script("echo no disk; exit 7", tmp_path / "log").ended())
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def test_a_guest_can_do_what_is_asked() -> None:
+    """The lab understands it; systemd is there for those who need it, memory for many devices."""
+    everything, smoke = (machine("new", None, each) for each in (Options(), SMOKE))
+    assert "--possible-cpus 16 --init systemd" in " ".join(everything)
+    assert "--memory 8G" in " ".join(everything)
+    assert "--init" not in smoke
+    assert "--memory 2G" in " ".join(smoke)
+    assert "--memory 3G" in " ".join(machine("new", "3G", SMOKE))
+    lab = Path(__file__).parents[1] / "lab/lab.py"
+    known = subprocess.run([sys.executable, lab, "run", "--help"], capture_output=True, check=True)
+    words = (word for word in everything if word.startswith("--"))
+    assert all(word.encode() in known.stdout for word in words)
+
+
+def test_a_run_is_bounded_by_what_it_has_to_do() -> None:
+    assert timeout(SMOKE) == SMOKE_S
+    assert timeout(replace(SMOKE, kills=200)) > 200 * 3 * 10
+    assert timeout(Options()) > timeout(Options(only=("recovery",))) > timeout(SMOKE)

@@ -130,6 +130,12 @@ def test_ranges_have_a_row_for_each_series_and_its_median() -> None:
     assert "none" not in found
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.4, 40.0), (300.0, 390.0), (7.0, 9.0), (5.0, 5.0)])
+def test_an_axis_can_be_read(low: float, high: float) -> None:
+    found = [text for text in texts(plot.ranges("", {"a": [low, high]})) if text.endswith(" ms")]
+    assert 2 <= len(found) <= 12
+
+
 def test_ranges_grow_to_the_right() -> None:
     svg = plot.ranges("", {"a": [1.0], "b": [10.0], "c": [100.0]})
     circles = [float(each.attrib["cx"]) for each in elements(svg, "circle")]
