@@ -46,6 +46,15 @@ static inline double now(void)
 	return (double)at.tv_sec + (double)at.tv_nsec / 1e9;
 }
 
+/* The CPU time of this thread, in seconds: what it took, not for how long others had the CPU. */
+static inline double spent(void)
+{
+	struct timespec at;
+
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &at);
+	return (double)at.tv_sec + (double)at.tv_nsec / 1e9;
+}
+
 static inline void nap(double seconds)
 {
 	struct timespec how_long = { (time_t)seconds, (long)((seconds - (double)(time_t)seconds) * 1e9) };

@@ -9,8 +9,8 @@
  *     kill                SIGKILL to those servers, then as watch
  *     watch SECONDS       until all devices are LIVE under another server: JSON, with the moments
  *
- * GET_DEV_INFO, which takes no lock, is asked for all of them at once, again after nine times as
- * long as that took, and half a millisecond at least: so it takes a tenth of one CPU at most.
+ * GET_DEV_INFO, which takes no lock, is asked for all of them at once, again after nine times the
+ * CPU time of that, and half a millisecond at least: so it takes a tenth of one CPU at most.
  */
 #include "ring.h"
 #include <pthread.h>
@@ -123,16 +123,16 @@ static int look(struct ring *ring)
 
 static void watch(struct ring *ring, double killed, double seconds, int reading)
 {
-	double began = now(), deadline = began + seconds, spent;
+	double deadline = now() + seconds;
 	int left;
 
 	do {
-		double at = now();
+		double before = spent(), pause;
 
 		left = look(ring);
-		spent = now() - at;
+		pause = (spent() - before) * 9;
 		if (left)
-			nap(spent * 9 > 0.0005 ? spent * 9 : 0.0005);
+			nap(pause > 0.0005 ? pause : 0.0005);
 	} while (left && now() < deadline);
 	if (reading && !left)
 		end_reading(deadline);
