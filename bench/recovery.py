@@ -115,7 +115,7 @@ def plots(result: Mapping[str, Any]) -> dict[str, str]:
     """Return pictures by their names."""
     return {
         _name(cell): plot.ranges(
-            f"Kill to LIVE: {Kind(**cell['kind']).title}",
+            f"Kill to LIVE: {_title(cell)}",
             {who: _milliseconds(each, "live") for who, each in cell["samples"].items()},
         )
         for cell in result["cells"]
@@ -128,13 +128,17 @@ def _name(cell: Mapping[str, Any]) -> str:
     return f"recovery-{kind.handoff}-{kind.target}-{kind.queues}{flavour}"
 
 
+def _title(cell: Mapping[str, Any]) -> str:
+    return ": ".join(filter(None, (cell["flavour"], Kind(**cell["kind"]).title)))
+
+
 def _cell(cell: Mapping[str, Any]) -> str:
     heads = [head for _, head in STEPS]
     heads += ["**LIVE**", "p99", "min-max", "I/O", "p99", "ratio", "pairs", "CPU"]
     rows = [f"| | {' | '.join(heads)} |", f"|---|{'--:|' * len(heads)}"]
     oracle = cell["samples"].get(ORACLE)
     rows += [_row(name, each, oracle) for name, each in cell["samples"].items()]
-    parts = [f"#### {Kind(**cell['kind']).title}", "\n".join(rows)]
+    parts = [f"#### {_title(cell)}", "\n".join(rows)]
     again = {n: sum(s["attempts"] > 1 for s in each) for n, each in cell["samples"].items()}
     parts += [f"More than one attempt: {n}, {count} times." for n, count in again.items() if count]
     if cell["missing"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -35,4 +36,5 @@ def names(options: Options) -> list[str]:
 
 
 def say(text: str) -> None:
-    print(f"bench: {text}", file=sys.stderr, flush=True)
+    """Tell the one who waits, with the time since the boot."""
+    print(f"bench: [{time.monotonic():.0f} s] {text}", file=sys.stderr, flush=True)
