@@ -16,7 +16,8 @@ help:
 	@echo 'make docs-pictures  docs/dashboard.png, drawn anew; needs npm and chromium'
 	@echo 'make image  a container image, an OCI archive in build; as root, with buildah and mmdebstrap'
 	@echo 'make manifests  what is for Kubernetes against the schemas of its versions; needs kubectl and npm'
-	@echo 'make bench  how fast ublkwatch recovers, beside an oracle; what it and a scrape cost'
+	@echo 'make bench  how fast ublkwatch recovers, beside oracles and what people do; hours, where emulated'
+	@echo 'make bench-smoke  the same in a minute: does it work, and is nothing far out of line?'
 
 demo: setup
 	@$(LAB) --timeout 170 -- $(PYTHON) -m ublkwatch.demo
@@ -34,7 +35,7 @@ docs: .venv/.ready
 	@$(PYTHON) -m tests.manual
 	@$(PYTHON) tests/deployed.py
 
-# On two kernels, some twenty minutes: python -m bench --help has the options.
+# 200 kills a series on two kernels, hours where they are emulated: python -m bench --help has less.
 bench: setup
 	@$(PYTHON) -m bench $(if $(wildcard /dev/ublk-control),--host)
 

@@ -1,9 +1,8 @@
 """``python -m bench``: boots each kernel once, measures in it, and writes the report.
 
-Status 1 when a measurement failed, or when the ratio of medians, kill to LIVE, is above
-``--fail-above``. The results go to build/bench/ (a smoke run's to build/bench/smoke/): one JSON
-file for each kernel, with every sample and the figures, scrape.json, and report.md. Without a
-kernel: python -m bench.scrape.
+The results go to build/bench: for each kernel a JSON file with every sample, and performance.md,
+which is docs/performance.md with new tables and pictures; --publish puts it there. Status 1 when a
+measurement failed, or a ratio to the oracle is above ``--fail-above``.
 """
 
 from __future__ import annotations
@@ -13,101 +12,169 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from bench import report, scrape
+from bench import report
+from bench.cast import BenchError
+from bench.contestants import CONTESTANTS
+from bench.lot import HANDOFFS, TARGETS
+from bench.options import SHAPES, SMOKE, Options
+from bench.programs import build
+from bench.scenarios import SCENARIOS, chosen
 
 TOP = Path(__file__).parent.parent
 KERNELS = ("lts", "new")
 LAB = (sys.executable, "lab/lab.py")
+SYSTEMD = {"unit", "ublkwatch-units"}  # the contestants that need it as process 1
+CPUS = 2
 # Each wait in the guest has its own deadline; these bound their sum.
-SLOWEST_PAIR_S = 30
-PREPARATION_S = 300
-SMOKE_KILLS, SMOKE_REST_S, SMOKE_FAIL_ABOVE = 3, 5.0, 3.0
+PREPARATION_S, STRIKE_S, MASS_S = 900, 30, 200
+SMOKE_FAIL_ABOVE = 4.0
+SMOKE_S = 400
 
 
 def main() -> int:
-    options = parse()
-    options.out.mkdir(parents=True, exist_ok=True)
-    runs = []
-    for kernel in ("host",) if options.host else options.kernel:
-        run = measure(kernel, options)
-        if run is None:
-            print(f"bench: {kernel}: no result", file=sys.stderr)
-            return 1
-        runs.append(run)
-    scrapes = scrape.measure()
-    (options.out / "scrape.json").write_text(json.dumps(scrapes, indent=1) + "\n")
-    text = f"{report.markdown(runs)}\n## A scrape, on this machine\n\n{scrape.markdown(scrapes)}"
-    (options.out / "report.md").write_text(text)
-    print(text)
-    worst = max(run["summary"]["recovery"]["live"]["ratio_of_medians"] for run in runs)
-    if options.fail_above is not None and worst > options.fail_above:
-        print(f"bench: the ratio {worst:.2f} is above {options.fail_above:g}", file=sys.stderr)
+    arguments, options = parse()
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    runs: list[dict[str, Any]] = []
+    status = 0
+    try:
+        headers = Path(_lab("headers").strip())
+        options = replace(options, programs=str(build(TOP / "build/bench/bin", headers)))
+        for kernel in ("host",) if arguments.host else arguments.kernel:
+            if chosen(options, driver=True):
+                run, ended = measure(kernel, arguments, options)
+                runs.append(run)
+                status = status or ended
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
         return 1
-    return 0
+    here = {name: each.measure(options) for name, each in chosen(options, driver=False).items()}
+    if here:
+        (out / "here.json").write_text(json.dumps(here, indent=1) + "\n")
+    write(out, [*runs, here], TOP / "docs" if arguments.publish else out)
+    worst = report.worst(runs)
+    if arguments.fail_above is not None and worst is not None and worst > arguments.fail_above:
+        print(f"bench: a ratio of {worst:.2f} is above {arguments.fail_above:g}", file=sys.stderr)
+        return 1
+    return status
 
 
-def parse() -> argparse.Namespace:
+def write(out: Path, runs: list[dict[str, Any]], published: Path) -> None:
+    """Print the sections, and write the report and its pictures."""
+    made = report.sections(runs)
+    print("\n\n".join(made.values()))
+    text = report.filled((TOP / "docs/performance.md").read_text(), made)
+    for home in dict.fromkeys((out, published)):
+        (home / "performance.md").write_text(text)
+        (home / report.PICTURES).mkdir(exist_ok=True)
+        for name, svg in report.pictures(runs).items():
+            (home / report.PICTURES / f"{name}.svg").write_text(svg)
+
+
+def parse() -> tuple[argparse.Namespace, Options]:
     parser = argparse.ArgumentParser(prog="python -m bench")
     add = parser.add_argument
     add("--host", action="store_true", help="measure on this very machine, which has the driver")
     add("--kernel", action="append", choices=KERNELS, help="default: all of them")
-    add("--kills", type=int, help="of each side (default: 100)")
-    add("--rest", type=float, metavar="SECONDS", help="to look at it at rest (default: 60)")
-    add("--fail-above", type=float, metavar="RATIO", help="status 1 when ublkwatch is slower")
+    add("--only", nargs="+", choices=tuple(SCENARIOS), metavar="SCENARIO", help=_list(SCENARIOS))
+    add("--contestants", nargs="+", choices=tuple(CONTESTANTS), metavar="NAME",
+        help=_list(CONTESTANTS))  # fmt: skip
+    add("--handoffs", nargs="+", choices=HANDOFFS)
+    add("--targets", nargs="+", choices=TARGETS)
+    add("--queues", nargs="+", type=int, metavar="N")
+    add("--kills", type=int, help="of each contestant, for each kind of device")
+    add("--devices", nargs="+", type=int, metavar="N", help="that are lost at once")
+    add("--shapes", nargs="+", choices=SHAPES, help="a server for each device, or for all")
+    add("--rounds", type=int, help="of mass crashes")
+    add("--memory", help="of the guest (default: what the devices take)")
     add("--smoke", action="store_true", help="a short run on one kernel: does it work at all?")
+    add("--fail-above", type=float, metavar="RATIO", help="status 1 when it is slower than that")
     add("--out", type=Path, help="where the results go")
-    options = parser.parse_args()
-    smoke = options.smoke
-    defaults: dict[str, Any] = {
-        "kernel": KERNELS[:1] if smoke else KERNELS,
-        "kills": SMOKE_KILLS if smoke else 100,
-        "rest": SMOKE_REST_S if smoke else 60.0,
-        "fail_above": SMOKE_FAIL_ABOVE if smoke else None,
-        "out": TOP / "build/bench/smoke" if smoke else TOP / "build/bench",
+    add("--publish", action="store_true", help="write docs/performance.md and its pictures, too")
+    given = parser.parse_args()
+    options = SMOKE if given.smoke else Options()
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key in (field.name for field in fields(Options))
+        if (value := getattr(given, key, None)) is not None
     }
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    if options.kills < 1 or options.rest <= 0:
-        parser.error("--kills and --rest must be more than nothing")
-    return options
+    options = replace(options, **values)
+    if options.kills < 1 or options.rounds < 1:
+        parser.error("--kills and --rounds must be more than nothing")
+    given.kernel = given.kernel or (("new",) if given.smoke else KERNELS)
+    given.out = given.out or TOP / ("build/bench/smoke" if given.smoke else "build/bench")
+    if given.smoke and given.fail_above is None:
+        given.fail_above = SMOKE_FAIL_ABOVE
+    return given, options
 
 
-def measure(kernel: str, options: argparse.Namespace) -> dict[str, Any] | None:
-    """Run the scenario; None when it failed, which it has said itself."""
-    result = options.out.resolve() / f"{kernel}.json"
+def _list(names: Any) -> str:
+    return ", ".join(names)
+
+
+def measure(
+    kernel: str, arguments: argparse.Namespace, options: Options
+) -> tuple[dict[str, Any], int]:
+    """Measure on that kernel; returns what came of it, and the status."""
+    result = arguments.out.resolve() / f"{kernel}.json"
     result.unlink(missing_ok=True)
-    timeout = PREPARATION_S + options.kills * SLOWEST_PAIR_S + 2 * options.rest
-    where = ["--host"] if kernel == "host" else ["--kernel", kernel, "--cpus", "2"]
+    options = replace(options, accelerator=accelerator(kernel))
     before = list(os.getloadavg())
-    scenario = [sys.executable, "-m", "bench.guest", "--accelerator", accelerator(kernel)]
-    scenario += ["--kills", str(options.kills), "--rest", str(options.rest), "--out", str(result)]
-    limits = ("--timeout", str(timeout), "--rw", str(result.parent))
-    status = subprocess.run(
-        [*LAB, "run", *where, *limits, "--", *scenario],
-        cwd=TOP,
-        check=False,
-    ).returncode
-    if status != 0 or not result.exists():
-        return None
+    guest = [sys.executable, "-m", "bench.guest", options.dumped(), str(result)]
+    place = ["--host"] if kernel == "host" else machine(kernel, arguments.memory, options)
+    limits = ["--timeout", str(timeout(options)), "--rw", str(result.parent)]
+    done = subprocess.run([*LAB, "run", *place, *limits, "--", *guest], cwd=TOP, check=False)
+    if not result.exists():
+        raise BenchError(f"{kernel}: no result, status {done.returncode}")
     run: dict[str, Any] = json.loads(result.read_text())
     if kernel != "host":
-        run["about"] |= {"host_load_start": before, "host_load_end": list(os.getloadavg())}
-    run["summary"] = report.summary(run)
-    result.write_text(json.dumps(run, indent=1) + "\n")
-    return run
+        run["about"]["host_load"] = [before, list(os.getloadavg())]
+        result.write_text(json.dumps(run) + "\n")
+    return run, done.returncode
+
+
+def machine(kernel: str, memory: str | None, options: Options) -> list[str]:
+    """Return the lab's options for a guest that can do all this."""
+    names = set(options.contestants or CONTESTANTS)
+    scenarios = chosen(options, driver=True)
+    words = ["--kernel", kernel, "--cpus", str(CPUS)]
+    words += ["--memory", memory or ("8G" if "mass" in scenarios else "2G")]
+    if "recovery" in scenarios:
+        words += ["--possible-cpus", str(max(CPUS, *options.queues))]
+        if names & SYSTEMD:
+            words += ["--init", "systemd"]
+    return words
+
+
+def timeout(options: Options) -> float:
+    """Return what bounds a run that hangs, in seconds."""
+    many = len(options.contestants or CONTESTANTS)
+    kinds = sum(1 for _ in options.kinds())
+    total = PREPARATION_S
+    if "recovery" in chosen(options, driver=True):
+        total += kinds * (options.kills + 2) * many * STRIKE_S
+    if "mass" in chosen(options, driver=True):
+        total += len(options.devices) * len(options.shapes) * (options.rounds + 2) * many * MASS_S
+    return min(total, SMOKE_S) if options == replace(SMOKE, programs=options.programs) else total
 
 
 def accelerator(kernel: str) -> str:
     """Return "real", or what the lab's guests run on."""
     if kernel == "host":
         return "real"
-    listed = subprocess.run([*LAB, "list"], cwd=TOP, check=True, capture_output=True, text=True)
-    words = dict(line.split(maxsplit=1) for line in listed.stdout.splitlines())
+    words = dict(line.split(maxsplit=1) for line in _lab("list").splitlines())
     return words["accelerator"].strip()
+
+
+def _lab(verb: str) -> str:
+    done = subprocess.run([*LAB, verb], cwd=TOP, check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise BenchError(f"lab.py {verb}: {done.stderr.strip()}")
+    return done.stdout
 
 
 if __name__ == "__main__":

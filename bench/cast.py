@@ -1,4 +1,4 @@
-"""The processes of the benchmark: reference servers, ublkwatch, the oracle, and how busy they are.
+"""The processes of the benchmark: reference servers, ublkwatch, and how busy they are.
 
 Every wait has a deadline, and who ends before his time is quoted.
 """
@@ -9,11 +9,10 @@ import asyncio
 import contextlib
 import errno
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +21,7 @@ import psutil
 
 from ublkwatch.ctrl import CtrlError, UblkCtrl
 
-DEADLINE_S = 90.0
+DEADLINE_S = 300.0
 PROBATION_S = 0.2  # not on the way to LIVE; ublkwatch's default would only make the run longer
 SERVER = (sys.executable, "-m", "ublkwatch.demo.server", "--target", "null")
 _POLL_S = 0.02
@@ -59,14 +58,19 @@ def free_ids(count: int) -> list[int]:
 
 
 @contextlib.asynccontextmanager
-async def devices(
-    ctrl: UblkCtrl, home: Path, dev_ids: list[int], queues: int, depth: int
+async def devices(  # noqa: PLR0913, PLR0917 - what a device is
+    ctrl: UblkCtrl,
+    home: Path,
+    dev_ids: Sequence[int],
+    queues: int,
+    depth: int,
+    server: tuple[str, ...] = SERVER,
 ) -> AsyncIterator[int]:
     """Make devices on one reference server; yields its pid, deletes them in the end."""
     log = home / f"server-{dev_ids[0]}.log"
     arguments = ["--create", ",".join(map(str, dev_ids)), "--recovery", "reissue", "--size", "64M"]
     arguments += ["--queues", str(queues), "--depth", str(depth)]
-    first = _start([*SERVER, *arguments], log)
+    first = _start([*server, *arguments], log)
 
     def live() -> bool:
         if first.poll() is not None:
@@ -118,17 +122,28 @@ def _processes() -> str:
 class Supervisor:
     """`ublkwatch run` with its defaults, over some devices."""
 
-    def __init__(self, home: Path, dev_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        home: Path,
+        dev_ids: Iterable[int],
+        rule: Mapping[str, object] | None = None,
+        top: Mapping[str, object] | None = None,
+    ) -> None:
+        """``rule``: the keys of each device's table, where a command for a null target is not all.
+
+        ``top``: keys of the configuration that are not the defaults.
+        """
         self.home = home
+        self.dev_ids = tuple(dev_ids)
         self._config = home / "ublkwatch.toml"
         self._log = home / "ublkwatch.log"
+        tables = "".join(
+            f"[[device]]\ndev_id = {dev_id}\n{_toml(rule or {'command': SERVER})}"
+            for dev_id in self.dev_ids
+        )
         self._config.write_text(
-            f'runtime_dir = "{home}/run"\nstate_dir = "{home}/state"\n[metrics]\nport = 0\n'
-            f"[recovery]\nprobation_s = {PROBATION_S}\n"
-            + "".join(
-                f"[[device]]\ndev_id = {dev_id}\ncommand = {json.dumps(SERVER)}\n"
-                for dev_id in dev_ids
-            )
+            f'runtime_dir = "{home}/run"\nstate_dir = "{home}/state"\n{_toml(top or {})}'
+            f"[metrics]\nport = 0\n[recovery]\nprobation_s = {PROBATION_S}\n{tables}"
         )
 
     @contextlib.contextmanager
@@ -191,55 +206,9 @@ class Supervisor:
         return {"daemon": self._proc.pid, "worker": workers[0]}
 
 
-# --- the oracle ----------------------------------------------------------------------------------
-
-
-class OracleProcess:
-    """The process of bench/oracle.py."""
-
-    def __init__(self, proc: asyncio.subprocess.Process, log: Path) -> None:
-        self._proc = proc
-        self._log = log
-        self.pid = proc.pid
-
-    @classmethod
-    @contextlib.asynccontextmanager
-    async def running(cls, home: Path, dev_id: int) -> AsyncIterator[OracleProcess]:
-        log = home / "oracle.log"
-        arguments = ("--dev-id", str(dev_id), "--home", str(home), "--", *SERVER)
-        with log.open("wb") as output:
-            proc = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "bench.oracle", *arguments,
-                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=output,
-            )  # fmt: skip
-        try:
-            oracle = cls(proc, log)
-            await oracle.answer()
-            yield oracle
-        finally:
-            if proc.returncode is None:
-                proc.kill()
-            await proc.wait()
-
-    def said(self) -> str:
-        return f"the oracle said:\n{self._log.read_text()}"
-
-    def recover(self, pid: int) -> None:
-        """Have it kill that server and recover from it."""
-        assert self._proc.stdin is not None
-        self._proc.stdin.write(json.dumps({"pid": pid}).encode() + b"\n")
-
-    async def answer(self) -> dict[str, Any]:
-        """Wait for its word."""
-        assert self._proc.stdout is not None
-        try:
-            async with asyncio.timeout(DEADLINE_S):
-                line = await self._proc.stdout.readline()
-        except TimeoutError:
-            line = b""
-        if not line:
-            raise BenchError(f"no answer from the oracle; {self.said()}")
-        return dict(json.loads(line))
+def _toml(keys: Mapping[str, object]) -> str:
+    """Write strings, numbers, lists and booleans: as JSON has them, they are TOML as well."""
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
 
 
 # --- what processes take -------------------------------------------------------------------------
@@ -304,8 +273,3 @@ async def quiet(pids: Iterable[int]) -> None:
             ran, since = now, time.monotonic()
         if time.monotonic() > deadline:
             raise BenchError(f"processes {pids} are never quiet")
-
-
-def load() -> list[float]:
-    """Return this machine's load averages."""
-    return list(os.getloadavg())

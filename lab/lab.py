@@ -69,6 +69,13 @@ def build_parser() -> Parser:
     )
     run.add_argument("--kernel", choices=tuple(LINES), default="lts")
     run.add_argument("--cpus", type=positive, default=2)
+    run.add_argument(
+        "--possible-cpus",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="let its kernel expect so many: a ublk device has no more queues",
+    )
     run.add_argument("--memory", default="2G", help="as QEMU writes it (default: %(default)s)")
     run.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS")
     run.add_argument("--console", metavar="FILE", help="keep the kernel's console")

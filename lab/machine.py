@@ -62,6 +62,12 @@ class Machine:
     accelerator: str
     cpus: int
     memory: str
+    possible_cpus: int = 0  # also those that are never brought up; 0: the others alone
+
+    @property
+    def sockets(self) -> int:
+        """How many CPUs QEMU has; one that is not brought up takes nothing."""
+        return max(self.cpus, self.possible_cpus)
 
 
 @dataclass(frozen=True)
@@ -117,11 +123,13 @@ def qemu_command(plan: Plan, initramfs: int, channels: Mapping[Channel, int]) ->
     accel = "tcg,thread=multi" if machine.accelerator == "tcg" else machine.accelerator
     model = "passthrough" if os.geteuid() == 0 else "none"
     command = (
-        f"qemu-system-x86_64 -machine q35 -accel {accel} -cpu {cpu} -smp {machine.cpus} "
+        f"qemu-system-x86_64 -machine q35 -accel {accel} -cpu {cpu} "
+        f"-smp {machine.sockets} "
         f"-m {machine.memory} -nodefaults -no-user-config -display none -no-reboot"
     ).split()
     command += ["-kernel", str(plan.home / plan.kernel.image), "-initrd", f"/dev/fd/{initramfs}"]
-    command += ["-append", KERNEL_OPTIONS]
+    dormant = f" maxcpus={machine.cpus}" if machine.sockets > machine.cpus else ""
+    command += ["-append", KERNEL_OPTIONS + dormant]
     shares = [("root", plan.root), ("modules", str(plan.home / plan.kernel.modules))]
     for tag, path in shares:
         command += share(tag, path, "security_model=none,readonly=on")

@@ -89,7 +89,9 @@ def run_in_guest(options: argparse.Namespace) -> int:
     kernel = need_kernel(cache, options.kernel)
     if not (cache / "busybox").is_file():
         raise LabError(f"busybox is not in {cache}; get it: {me()} setup")
-    machine = Machine(accelerator(cache, kernel), options.cpus, options.memory)
+    machine = Machine(
+        accelerator(cache, kernel), options.cpus, options.memory, options.possible_cpus
+    )
     writable = tuple(dict.fromkeys(existing_directory("--rw", path) for path in options.rw))
     job = Job(
         tuple(options.command),

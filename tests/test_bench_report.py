@@ -1,139 +1,104 @@
-"""The pure part of the benchmark: percentiles, ratios, and the tables made of them."""
+"""What the benchmark tells of what it measured: tables, pictures, and the page that has them."""
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import observer, report, scrape
+from bench import mass, plot, recovery, report, scrape
+from bench.scenarios import SCENARIOS
+
+PAGE = Path(__file__).parents[1] / "docs/performance.md"
+KIND = {"handoff": "managed", "target": "null", "queues": 1, "depth": 32, "group": False}
 
 
-def sample(spawned: float, ready: float, live: float, **more: float) -> dict[str, float]:
-    return {"killed": 0.0, "spawned": spawned, "ready": ready, "live": live, **more}
+def killed(live: float, **more: float) -> dict[str, float]:
+    return {"quiesced": 0.04, "live": live, "io": live, "stall": live, "cpu": 0.01, "attempts": 1,
+            **more}  # fmt: skip
+
+
+def of_recovery() -> dict[str, Any]:
+    samples = {
+        "ublkwatch": [killed(0.33, detected=0.005), killed(0.44, detected=0.006)],
+        "oracle": [killed(0.30), killed(0.40)],
+        "fixed-sleeps": [killed(6.3, cpu=0.0), killed(6.4, cpu=0.0)],
+    }
+    cell = {"kind": KIND, "flavour": "", "samples": samples, "missing": {"unit": "no systemd here"}}
+    return {"kills": 2, "warm_up": 1, "cells": [cell]}
+
+
+def crash(last: float, again: int = 0) -> dict[str, float]:
+    return {"first": 0.5, "median": last / 2, "last": last, "cpu": 0.3, "again": again}
+
+
+def of_mass() -> dict[str, Any]:
+    rows: list[dict[str, Any]] = [
+        {"shape": "single", "devices": 1,
+         "samples": {"ublkwatch": [crash(0.6)], "oracle": [crash(0.5)]}},
+        {"shape": "single", "devices": 64,
+         "samples": {"ublkwatch": [crash(11.0, again=2)], "oracle": [crash(10.0)]}},
+        {"shape": "single", "devices": 128, "samples": {}, "missing": "takes 9 MiB of 8"},
+    ]  # fmt: skip
+    return {"rounds": 1, "warm_up": 1, "width": 8, "rows": rows}
 
 
 def run() -> dict[str, Any]:
-    usage = {"cpu_s": 0.3, "voluntary_switches": 120, "rss_bytes": 3 << 20, "pss_bytes": None}
-    return {
-        "about": {
-            "kernel": "6.12.0", "accelerator": "tcg", "cpus": 2, "python": "3.12.1",
-            "ublkwatch": "0.1.0", "date": "2030-01-02", "kills": 3, "warm_up": 1,
-            "device": "null", "load_start": [0.5, 0.4, 0.3], "load_end": [1.5, 0.4, 0.3],
-        },
-        "recovery": {
-            "ublkwatch": [
-                sample(0.02, 0.30, 0.33, detected=0.005, accepted=0.31),
-                sample(0.03, 0.40, 0.44, detected=0.006, accepted=0.41),
-                sample(0.02, 0.20, 0.22, detected=0.004, accepted=0.21),
-            ],
-            "oracle": [
-                sample(0.01, 0.29, 0.30, accepted=0.03),
-                sample(0.01, 0.39, 0.40, accepted=0.03),
-                sample(0.01, 0.19, 0.20, accepted=0.03),
-            ],
-        },
-        "rest": [{"devices": 1, "seconds": 60.0, "processes": {"daemon": usage}}],
+    about = {
+        "kernel": "6.12.0+deb13", "accelerator": "tcg", "cpus": 2, "memory_mib": 2000,
+        "python": "3.12.1", "compiler": "cc 12", "init": "systemd", "ublkwatch": "0.1.0",
+        "date": "2030-01-02", "load": [[0.5, 0.4, 0.3], [1.5, 0.4, 0.3]],
     }  # fmt: skip
+    return {"about": about, "recovery": of_recovery(), "mass": of_mass()}
 
 
-@pytest.mark.parametrize(
-    ("percent", "expected"), [(0, 1), (1, 1), (50, 50), (99, 99), (99.5, 100), (100, 100)]
-)
-def test_percentile_is_a_sample(percent: float, expected: float) -> None:
-    assert report.percentile(list(range(100, 0, -1)), percent) == expected
+# --- scenarios -----------------------------------------------------------------------------------
 
 
-def test_p99_of_few_samples_is_the_largest() -> None:
-    assert report.percentile([3.0, 9.0, 1.0], 99) == 9.0
+def test_recovery_has_a_row_for_each_contestant_and_says_who_is_missing() -> None:
+    text = recovery.markdown(of_recovery())
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({row.count("|") for row in rows}) == 1
+    ours, oracle, sleeps = rows[2:]
+    assert ours.startswith("| ublkwatch | 5.5 | 40.0 | - |")
+    assert "| **385.0** | 440.0 | 330.0-440.0 | 385.0 | 440.0 | 1.10 | 1.10 | 10.0 |" in ours
+    assert oracle.startswith("| oracle | - |")  # it detects nothing
+    assert sleeps.endswith("| 18.14 | 18.50 | - |")
+    assert "unit: no systemd here." in text
+    assert recovery.ratio(of_recovery()) == pytest.approx(1.1)
 
 
-def test_percentile_of_nothing_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no samples"):
-        report.percentile([], 50)
+def test_a_step_that_some_kills_lack_is_told_of_none() -> None:
+    result = of_recovery()
+    del result["cells"][0]["samples"]["ublkwatch"][1]["detected"]
+    assert "| ublkwatch | - | 40.0 |" in recovery.markdown(result)
 
 
-def test_figures() -> None:
-    assert report.figures([4.0, 1.0, 3.0, 2.0]) == {
-        "samples": 4, "median": 2.5, "p99": 4.0, "min": 1.0, "max": 4.0,
-    }  # fmt: skip
+def test_more_than_one_attempt_is_told() -> None:
+    result = of_recovery()
+    assert "attempt" not in recovery.markdown(result)
+    result["cells"][0]["samples"]["ublkwatch"][0]["attempts"] = 2
+    assert "More than one attempt: ublkwatch, 1 times." in recovery.markdown(result)
 
 
-def test_the_two_ratios_differ_where_the_machine_was_disturbed() -> None:
-    ours, theirs = [1.1, 2.2, 9.9], [1.0, 2.0, 3.0]
-    assert report.ratio_of_medians(ours, theirs) == pytest.approx(1.1)
-    assert report.median_of_ratios(ours, theirs) == pytest.approx(1.1)
-    assert report.ratio_of_medians([1.1, 9.9, 9.9], theirs) == pytest.approx(4.95)
-    assert report.median_of_ratios([1.1, 2.0, 9.9], theirs) == pytest.approx(1.1)
+def test_mass_is_judged_at_64() -> None:
+    text = mass.markdown(of_mass())
+    assert "| 64 | ublkwatch | 0.50 | 5.50 | 11.00 | 11.00-11.00 | 1.10 | 0.30 | 2 |" in text
+    assert "At 64: 1.10 x the oracle, within the aim of 1.15." in text
+    assert "128: takes 9 MiB of 8." in text
+    assert mass.ratio(of_mass()) == pytest.approx(1.2)
+    slow = of_mass()
+    slow["rows"][1]["samples"]["ublkwatch"] = [crash(12.0)]
+    assert "**above** the aim" in mass.markdown(slow)
 
 
-def test_pairs_must_be_pairs() -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        report.median_of_ratios([1.0, 2.0], [1.0])
-
-
-def test_compare_follows_the_moments() -> None:
-    compared = report.compare(run()["recovery"])
-    assert compared["live"]["ublkwatch"]["median"] == pytest.approx(0.33)
-    assert compared["live"]["ratio_of_medians"] == pytest.approx(1.1)
-    assert compared["live"]["median_of_differences"] == pytest.approx(0.03)
-    assert compared["overhead"]["ublkwatch"]["median"] == pytest.approx(0.03)
-    assert compared["overhead"]["oracle"]["median"] == pytest.approx(0.01)
-    assert compared["overhead"]["ratio_of_medians"] == pytest.approx(3.0)
-
-
-def test_the_oracle_detects_nothing() -> None:
-    detected = report.compare(run()["recovery"])["detected"]
-    assert detected["ublkwatch"]["median"] == pytest.approx(0.005)
-    assert detected["oracle"] is None
-    assert "ratio_of_medians" not in detected
-
-
-def test_a_length_needs_no_beginning() -> None:
-    samples = [{"cpu": 0.25, "killed": 0.0}]
-    assert report.lengths(samples, "", "cpu") == [0.25]
-    assert report.lengths([*samples, {}], "", "cpu") == []
-
-
-def test_rest_is_told_by_the_minute_and_by_the_second() -> None:
-    usage = {"cpu_s": 0.1, "voluntary_switches": 40, "rss_bytes": 2 << 20, "pss_bytes": 1 << 20}
-    assert report.at_rest(usage, 10.0) == {
-        "cpu_s_per_minute": pytest.approx(0.6),
-        "wakeups_per_s": 4.0,
-        "rss_mib": 2.0,
-        "pss_mib": 1.0,
-    }
-
-
-def test_markdown_names_an_emulated_machine_and_the_verdict() -> None:
-    text = report.markdown([run()])
-    assert "**emulated**" in text
-    assert "## Linux 6.12.0, tcg" in text
-    assert "ratio of medians **1.100**" in text
-    assert "| kill → LIVE | 330.0 | 440.0 | 220.0-440.0 | 300.0 |" in text
-    assert "| 1 device, 60 s | daemon | 0.30 | 2.0 | 3.0 | - |" in text
-    widths = {line.count("|") for line in text.splitlines() if line.startswith("| kill")}
-    assert len(widths) == 1
-
-
-def test_markdown_says_when_the_goal_is_missed() -> None:
-    slow = run()
-    for each in slow["recovery"]["ublkwatch"]:
-        each["live"] *= 2
-    assert "**above** the goal" in report.markdown([slow])
-
-
-def test_trace_is_read_for_one_process() -> None:
-    trace = """# tracer: nop
-          python-77      [001] .....    12.000100: sched_process_exec: filename=/usr/bin/python
-           <...>-78      [000] .N...    12.000200: sched_process_exec: filename=/bin/sh
-          python-77      [001] .....    12.500000: sys_sendto(fd: 4, buff: 7f, len: 7)
-          python-77      [001] .....    12.600000: sys_sendto(fd: 4, buff: 7f, len: 7)
- my [odd] name-79      [001] .....    13.000000: sys_sendto(fd: 4, buff: 7f, len: 7)
-"""
-    assert observer.moments(trace, 77) == {"spawned": 12.0001, "ready": 12.5}
-    assert observer.moments(trace, 79) == {"ready": 13.0}
-    assert observer.moments(trace, 7) == {}
+def test_there_is_no_ratio_without_an_oracle() -> None:
+    result = of_recovery()
+    del result["cells"][0]["samples"]["oracle"]
+    assert recovery.ratio(result) is None
+    assert "| - | - | 10.0 |" in recovery.markdown(result)
 
 
 def test_a_scrape_is_measured_by_the_number_of_devices() -> None:
@@ -144,3 +109,93 @@ def test_a_scrape_is_measured_by_the_number_of_devices() -> None:
     text = scrape.markdown(rows)
     assert f"From 1 to 2 devices each one more costs {each} series" in text
     assert "Ratio of these, 1 where it grows linearly: bytes" in text
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def elements(svg: str, tag: str) -> list[ET.Element]:
+    tree = ET.fromstring(svg)  # noqa: S314 - our own
+    return [each for each in tree.iter() if each.tag.endswith(tag)]
+
+
+def texts(svg: str) -> list[str]:
+    return [each.text or "" for each in elements(svg, "text")]
+
+
+def test_ranges_have_a_row_for_each_series_and_its_median() -> None:
+    svg = plot.ranges("a < b", {"ublkwatch": [300.0, 400.0, 500.0], "sleeps": [6000.0], "none": []})
+    found = texts(svg)
+    assert {"a < b", "ublkwatch", "400", "sleeps", "6000", "500 ms"} <= set(found)
+    assert "none" not in found
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.4, 40.0), (300.0, 390.0), (7.0, 9.0), (5.0, 5.0)])
+def test_an_axis_can_be_read(low: float, high: float) -> None:
+    found = [text for text in texts(plot.ranges("", {"a": [low, high]})) if text.endswith(" ms")]
+    assert 2 <= len(found) <= 12
+
+
+def test_ranges_grow_to_the_right() -> None:
+    svg = plot.ranges("", {"a": [1.0], "b": [10.0], "c": [100.0]})
+    circles = [float(each.attrib["cx"]) for each in elements(svg, "circle")]
+    assert circles[1] - circles[0] == pytest.approx(circles[2] - circles[1], abs=0.2)
+    assert plot.LEFT <= circles[0] < circles[2] <= plot.WIDTH - plot.RIGHT
+
+
+def test_lines_grow_upwards_and_their_names_do_not_lie_on_each_other() -> None:
+    svg = plot.lines("t", {"a": [(1, 1.0), (64, 10.0)], "b": [(1, 1.1), (64, 10.1)]})
+    circles = [float(each.attrib["cy"]) for each in elements(svg, "circle")]
+    assert circles[1] < circles[0]
+    names = {each.text: float(each.attrib["y"]) for each in elements(svg, "text")}
+    assert abs(names["a"] - names["b"]) >= 14
+
+
+def test_one_point_is_a_picture_too() -> None:
+    assert "ublkwatch" in texts(plot.lines("t", {"ublkwatch": [(16, 3.0)]}))
+    assert "ublkwatch" in texts(plot.ranges("t", {"ublkwatch": [3.0]}))
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def test_the_page_has_a_place_for_each_scenario_and_keeps_its_words() -> None:
+    before = PAGE.read_text()
+    made = {name: f"made of {name}" for name in ("about", *SCENARIOS)}
+    text = report.filled(before, made)
+    assert all(f"\nmade of {name}\n" in text for name in made)
+    assert text.count("<!-- end -->") == before.count("<!-- end -->") == len(made)
+    assert report.filled(text, made) == text
+    assert [line for line in before.splitlines() if line.startswith("#")] == [
+        line for line in text.splitlines() if line.startswith("#")
+    ]
+
+
+def test_what_was_not_measured_stays() -> None:
+    page = "a\n<!-- made: mass -->\nold\n<!-- end -->\nb\n<!-- made: scrape -->\nx\n<!-- end -->\n"
+    text = report.filled(page, {"scrape": r"new \1"})
+    assert text == page.replace("\nx\n", "\n\nnew \\1\n\n")
+
+
+def test_a_section_without_a_place_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no place for 'rest'"):
+        report.filled("nothing", {"rest": "x"})
+
+
+def test_sections_name_kernel_and_emulation_and_show_their_pictures() -> None:
+    here = {"scrape": scrape.measure((1,), rounds=1)}
+    made = report.sections([run(), here])
+    assert made.keys() == {"about", "recovery", "mass", "scrape"}
+    assert "**emulated** machine (TCG)" in made["about"]
+    assert "Load average from start to end: 0.50, 1.50." in made["about"]
+    assert made["recovery"].startswith("### Linux 6.12.0+deb13, tcg")
+    assert "(performance/recovery-managed-null-1-6.12.svg)" in made["recovery"]
+    assert "### " not in made["scrape"]
+    pictures = report.pictures([run(), here])
+    assert pictures.keys() == {"recovery-managed-null-1-6.12", "mass-single-6.12"}
+    assert all(svg.startswith("<svg ") for svg in pictures.values())
+
+
+def test_the_worst_ratio_is_anywhere() -> None:
+    assert report.worst([run(), {}]) == pytest.approx(1.2)
+    assert report.worst([{}]) is None
