@@ -42,6 +42,8 @@ def measure(
     devices: Sequence[int] = DEVICES, seconds: float = SECONDS, settle_s: float = SETTLE_S
 ) -> dict[str, Any]:
     """Return what it costs, for each number of devices, and what can be said of them all."""
+    # The reference server has some descriptors for each device.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1 << 16, 1 << 16))
     rows = [asyncio.run(_measure(count, seconds, settle_s)) for count in devices]
     about = {"kernel": os.uname().release, "cpus": os.cpu_count(),
              "python": platform.python_version()}  # fmt: skip
@@ -65,6 +67,30 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
         fixed = (first[key] - each * first["devices"]) / unit
         found[name] = {"fixed": fixed, "per_device": each / unit}
     return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the table, and what a device adds."""
+    parts = [
+        "| devices | CPU, % | wakeups/s | calls a poll | bytes written | RSS, MiB | PSS, MiB |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in result["rows"]:
+        cells = (
+            row["devices"],
+            f"{row['cpu_s_per_s'] * 100:.2f}",
+            f"{row['wakeups_per_s']:.1f}",
+            f"{row['syscalls_per_poll']:.0f}",
+            row["write_bytes"],
+            *(f"{row[key] / (1 << 20):.1f}" for key in ("rss_bytes", "pss_bytes")),
+        )
+        parts.append(f"| {' | '.join(map(str, cells))} |")
+    pss, cpu = (result["summary"][key] for key in ("pss_kib", "cpu_us_per_s"))
+    parts.append(
+        f"\nBoth processes together. Without a device: {pss['fixed'] / 1024:.0f} MiB (PSS); each "
+        f"one adds {pss['per_device']:.1f} KiB, and {cpu['per_device']:.0f} µs of CPU a second."
+    )
+    return "\n".join(parts) + "\n"
 
 
 async def _measure(count: int, seconds: float, settle_s: float) -> dict[str, Any]:
@@ -197,8 +223,6 @@ def main() -> int:
     parser.add_argument("--settle", type=float, default=SETTLE_S)
     parser.add_argument("--out", type=Path, help="the JSON file to write, too")
     options = parser.parse_args()
-    # The reference server has some descriptors for each device.
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1 << 16, 1 << 16))
     if not Path("/dev/ublk-control").exists():
         subprocess.run(["modprobe", "ublk_drv"], check=True)
     found = json.dumps(measure(options.devices, options.seconds, options.settle), indent=1)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench import mass, recovery, scrape
+from bench import mass, recovery, rest, scrape
 from bench.options import Options
 
 
@@ -35,6 +35,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         recovery.TITLE, recovery.measure, recovery.markdown, recovery.plots, recovery.ratio
     ),
     "mass": Scenario(mass.TITLE, mass.measure, mass.markdown, mass.plots, mass.ratio),
+    "rest": Scenario("At rest", lambda _: rest.measure(), rest.markdown),
     "scrape": Scenario("A scrape", lambda _: scrape.measure(), scrape.markdown, driver=False),
 }
 
