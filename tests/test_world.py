@@ -97,7 +97,7 @@ def test_we_may_die_everywhere_also_with_a_standby(
     ("when", "taken"), [("waits", True), ("killed", False), ("outdated", False)]
 )
 def test_a_standby_is_taken_or_a_new_server_started_and_no_attempt_lost(
-    when: str, taken: bool, generation: Generation
+    when: str, *, taken: bool, generation: Generation
 ) -> None:
     async def tell(world: World) -> None:
         await World.tell(world)
