@@ -34,7 +34,7 @@ def _kernel(*names: str) -> tuple[str, ...]:
 
 
 # What takes long, and depends on the driver.
-_LONG = _kernel("watch", "interference", "kublk", "modes", "hung")
+_LONG = _kernel("watch", "interference", "kublk", "modes", "hung", "standby")
 # What is about ublkwatch alone: an ordinary run tries it on one kernel.
 _OURS = _kernel(
     *("armour", "placement", "tools", "orders", "refusals", "c_example", "pages", "verbs"),

@@ -183,7 +183,7 @@ class Laws:
             self._break(f"an error that nobody took: {leak}")
         kept = {*world.standbys, *world.links.values()}
         for stray in world.processes.alive():
-            if settled and stray.tag.startswith("standby") and stray.tag not in kept:
+            if settled and stray.tag.startswith("s-") and stray.tag not in kept:
                 self._break(f"{stray}, {stray.tag}, waits for nobody")
         if len(world.standbys) > 1 and settled:
             self._break(f"one device, and {len(world.standbys)} standbys")

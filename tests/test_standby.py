@@ -112,7 +112,7 @@ class Host:
         return self.roots.get(tag, tag)
 
     def last_words(self, tag: str) -> str:
-        return f"words of {tag.partition('-')[0]}"
+        return f"words of {tag[:2]}"
 
     def identify(self, pid: int) -> ServerId | None:
         return self.alive.get(pid)
@@ -273,7 +273,7 @@ def test_one_that_fails_again_and_again_is_started_less_and_less_often() -> None
         assert 8 <= len(host.jobs) <= 16
         assert len(host.ended) == len(host.jobs)
         shown = host.standbys.of(watched())
-        assert shown == StandbyShown("missing", note="it ended at once: words of standby")
+        assert shown == StandbyShown("missing", note="it ended at once: words of s-")
         assert host.warned[0] == f"0: its standby is ended: {shown.note}"
 
     play(story)

@@ -103,7 +103,7 @@ def test_a_standby_is_taken_or_a_new_server_started_and_no_attempt_lost(
         await World.tell(world)
         (record,) = world.records.values()
         tag = next(p.tag for p in world.processes.alive() if p.id == record.server)
-        assert tag.startswith("standby") == taken == record.standby
+        assert tag.startswith("s-") == taken == record.standby
         assert record.failures == ()
 
     for seed in range(30):

@@ -15,6 +15,8 @@ from ublkwatch.uapi import DevFlags, DevState
 
 # The environment variable by which the processes of an attempt are found again.
 TAG_VARIABLE = "UBLKWATCH_ATTEMPT"
+# How the tags of standbys begin; an attempt's begins with its device's number.
+STANDBY_TAG = "s-"
 # How a process ended, where nobody can tell.
 UNKNOWN = "unknown"
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ublkwatch.care import Spec, Standby, StandbyShown
-from ublkwatch.model import Phase, Record, ServerId
+from ublkwatch.model import STANDBY_TAG, Phase, Record, ServerId
 from ublkwatch.standby import CHANGED, Launcher, Servers, Spare, Terms
 from ublkwatch.starts import job_name, tag_of
 from ublkwatch.wishes import Caller as Asked
@@ -230,9 +230,9 @@ class Standbys:
         if self._terms.free() < self._terms.least_free():
             return
         wish = max(wanted, key=lambda wish: wish.priority)
-        # Of this boot none has had that tag: it is a time.
+        # Of this boot none has had that tag: it is a time. A short one: it is in a socket's path.
         self._number = max(self._number + 1, int(now * 1000))
-        name, tag = wish.job.name, f"standby-{self._number}"
+        name, tag = wish.job.name, f"{STANDBY_TAG}{self._number:x}"
         kept = Standby(tag, name, wish.dev_id, wish.fingerprint())
         self._starting = self._spares[kept.tag] = self._spare(kept)
         self._spawn(self._start(self._starting, wish))

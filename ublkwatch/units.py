@@ -89,7 +89,7 @@ class UnitStarter:
                 job, identity, environment, stdin, self._patience.start_s
             )
             # Never the name of the server beside it: who ends one unit would end both.
-            name = f"{job.name}-{tag}" if job.spare else job.name
+            name = f"{job.name}-standby-{tag}" if job.spare else job.name
             name, path = await self._start_transient(tag, home, name, properties)
         finally:
             os.close(stdin)

@@ -117,7 +117,7 @@ def test_it_ends_when_nobody_wants_it_any_more(
     supervisor.config.write_text(said)
     supervisor.reload()
     standby = waiting(supervisor)
-    supervisor.order("forget", "0")
+    supervisor.order("forget", "0", "--yes")
     gone(standby)
     supervisor.order("recover", "0")
     standby = waiting(supervisor)
@@ -171,7 +171,7 @@ def test_no_io_fails_and_nothing_is_spoilt(server: Servers, watch: Watch, fio: L
 
 def test_a_group_has_one(server: Servers, watch: Watch) -> None:
     server((0, 1))
-    command = [*SERVER, *server.target("null")]
+    command = [*SERVER, "--target", "null", "--run-dir="]
     supervisor = watch({}, cared(command, 0, 1, more='standby = true\ngroup = "both"'))
     standby = waiting(supervisor)
     assert waiting(supervisor, dev_id=1) == standby
