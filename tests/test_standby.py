@@ -59,7 +59,7 @@ class Host:
                 program=self.program,
                 former=tuple(self.disk.values()),
                 keep=lambda standby: self.disk.update({standby.tag: standby}),
-                drop=lambda tag: self.disk.pop(tag, None) and None,
+                drop=self.drop,
                 tell=self.tell,
             ),
             launcher=self,
@@ -70,6 +70,9 @@ class Host:
             monitor=self,
         )
         return self.standbys
+
+    def drop(self, tag: str) -> None:
+        self.disk.pop(tag, None)
 
     async def polls(self, number: int = 3) -> None:
         for _ in range(number):
