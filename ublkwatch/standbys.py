@@ -249,6 +249,8 @@ class Standbys:
                 self._fails(spare, str(error))
         finally:
             self._starting = None
+            if not spare.kept.ready:  # whatever the reason: nobody would see to it any more
+                spare.condemn("it was not started")
         if not spare.why:
             self._waiting_since[spare.kept.tag] = self._clock()
             self._tell(spare, "is ready")

@@ -116,11 +116,11 @@ def test_it_ends_when_nobody_wants_it_any_more(
     gone(standby)
     supervisor.config.write_text(said)
     supervisor.reload()
-    standby = waiting(supervisor)
+    standby = waiting(supervisor, standby)
     supervisor.order("forget", "0", "--yes")
     gone(standby)
     supervisor.order("recover", "0")
-    standby = waiting(supervisor)
+    standby = waiting(supervisor, standby)
     supervisor.stop()  # ends nothing: servers outlive us, and so do standbys
     assert psutil.Process(standby).is_running()
     supervisor.start()
