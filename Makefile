@@ -64,7 +64,7 @@ build/trixie:
 	@command -v mmdebstrap >/dev/null || { apt-get update -qq && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --no-install-recommends mmdebstrap; }
 	@mkdir -p build && rm -rf $@.new
-	@mmdebstrap --quiet --variant=essential --include=systemd-sysv,dbus,kmod \
+	@mmdebstrap --quiet --variant=essential --include=systemd-sysv,dbus,kmod,procps \
 	    --include=python3-jeepney,python3-prometheus-client,python3-psutil,python3-pyroute2 trixie $@.new
 	@mv $@.new $@
 

@@ -36,7 +36,7 @@ def _kernel(*names: str) -> tuple[str, ...]:
 # What a version of the driver may do differently: on both kernels in each run.
 _DRIVER = _kernel("driver_conformance", "handoffs", "misbehaviour", "modes", "watch")
 # What takes long as well, and what is about ublkwatch alone: an ordinary run tries it on one.
-_LONG = _kernel("own_death", "interference", "kublk", "hung")
+_LONG = _kernel("own_death", "interference", "kublk", "hung", "standby")
 _OURS = _kernel(
     *("armour", "placement", "tools", "orders", "refusals", "c_example", "pages", "verbs"),
     *("scraped", "prometheus"),

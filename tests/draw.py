@@ -86,7 +86,7 @@ POLICIES = (
 # The reasons that make a difference to what comes next.
 _TELLING = (
     *(None, Reason.FORGOTTEN, Reason.NOT_QUIESCED, Reason.NO_ANSWER, Reason.HALF_ATTACHED),
-    *(Reason.HOOK_LATER, Reason.SHARED_SERVER),
+    *(Reason.HOOK_LATER, Reason.SHARED_SERVER, Reason.STANDBY_LOST),
 )
 
 
@@ -125,6 +125,7 @@ def _alphabet(seq: int) -> Iterator[Told]:
         yield Told(ServerAils(SERVING, ailment, "hangs", -1000.0))
     yield Told(ServerWell(SERVING))
     yield Told(Spawned(seq, FRESH))
+    yield Told(Spawned(seq, FRESH, standby=True))
     yield Told(Spawned(seq - 1, FRESH))
     yield Told(Ready(seq))
     yield from (Told(SpawnFailed(seq, "", verdict)) for verdict in SpawnVerdict)

@@ -90,8 +90,11 @@ class Laws:
         if record is None or phase.value not in [name for name, _ in record.marks]:
             self._break(f"{what}, and the store knows nothing of {phase.value}: {record}")
 
-    def spawns(self, dev_id: int, tag: str) -> None:
-        """Attempts are within the policy's budget: one more for each life that was lost."""
+    def spawns(self, dev_id: int, tag: str, root: str = "") -> None:
+        """Attempts are within the policy's budget: one more for each life that was lost.
+
+        ``root`` is the standby that is taken for one.
+        """
         if not self._world.disk_full:  # then that it is DEAD could not be saved, nor acted upon
             self._acts("a new server", dev_id)
         record = self._world.records.get(dev_id)
@@ -100,7 +103,7 @@ class Laws:
         others = [
             str(process)
             for process in self._world.processes.alive()
-            if process.tag.startswith(f"{dev_id}-") and process.tag != tag
+            if process.tag not in (tag, root) and self._belongs(process.tag, dev_id)
         ]
         if others and not any("leaked" in other for other in others):
             self._break(f"attempt {tag} begins while there is {', '.join(others)}")
@@ -117,6 +120,10 @@ class Laws:
         most = policy.attempts_max * budgets + self._world.lives + self._world.recovered
         if len(recent) >= most:
             self._break(f"attempt {len(recent) + 1} within {policy.window_s:g} s")
+
+    def _belongs(self, tag: str, dev_id: int) -> bool:
+        """Tell whether a process is an attempt's, and no standby that waits."""
+        return tag.startswith(f"{dev_id}-") or tag in self._world.links.values()
 
     def stops(self, dev_id: int) -> None:
         """STOP_DEV is the operator's choice, and only a device without a server is stopped."""
@@ -174,6 +181,12 @@ class Laws:
             self._break(f"the kernel: {oops}")
         for leak in world.loop.leaks():
             self._break(f"an error that nobody took: {leak}")
+        kept = {*world.standbys, *world.links.values()}
+        for stray in world.processes.alive():
+            if settled and stray.tag.startswith("s-") and stray.tag not in kept:
+                self._break(f"{stray}, {stray.tag}, waits for nobody")
+        if len(world.standbys) > 1 and settled:
+            self._break(f"one device, and {len(world.standbys)} standbys")
         if settled:
             self._end(record)
         self._io()

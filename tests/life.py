@@ -18,7 +18,7 @@ from plain import NO_THREADS, PlainLauncher
 from twin import PARAMS, Command
 from twin_device import CharFile
 
-from ublkwatch.care import Care, Job, Origin, Spec
+from ublkwatch.care import Care, Job, Origin, Spec, Standby
 from ublkwatch.ctrl import CtrlError, patiently
 from ublkwatch.events import Transition
 from ublkwatch.lanes import Lanes
@@ -26,6 +26,7 @@ from ublkwatch.model import DevInfo, Record, ServerId
 from ublkwatch.monitor import Monitor
 from ublkwatch.perform import Edges
 from ublkwatch.rules import Unmanaged
+from ublkwatch.standby import Terms
 from ublkwatch.uapi import DevState
 
 if TYPE_CHECKING:
@@ -65,6 +66,13 @@ class Life(PlainLauncher):
             care=self.care_of,
             kept=self,
             lanes=Lanes(64),
+            standbys=Terms(
+                former=tuple(world.standbys.values()),
+                program=self.program,
+                keep=self.save_standby,
+                drop=self.drop_standby,
+                tell=lambda _, text, __: world.note("supervisor", text),
+            ),
         )
         self.monitor = Monitor(edges, world.policy, dict(world.records), dict(world.specs))
         self.task = asyncio.create_task(self.monitor.run(POLL_S), name="supervisor")
@@ -284,13 +292,27 @@ class Life(PlainLauncher):
     # --- Launcher --------------------------------------------------------------------------------
 
     def known(self, tag: str) -> bool:
-        return tag in self.world.homes
+        return self.root(tag) in self.world.homes
+
+    def root(self, tag: str) -> str:
+        return self.world.links.get(tag, tag)
+
+    def join(self, tag: str, root: str) -> None:
+        self._before("join")
+        self.world.laws.spawns(int(tag.partition("-")[0]), tag, root)
+        self.world.links[tag] = root
+        self._after("join")
+
+    async def program(self, job: Job) -> str:
+        del job
+        await asyncio.sleep(self.world.rng.uniform(0.0001, 0.01))
+        return self.world.program
 
     async def start(self, tag: str, job: Job) -> int:
-        del job
         self._before("spawn")
-        dev_id = int(tag.partition("-")[0])
-        self.world.laws.spawns(dev_id, tag)
+        dev_id = 0 if job.spare else int(tag.partition("-")[0])
+        if not job.spare:
+            self.world.laws.spawns(dev_id, tag)
         kind = self.world.next_kind(dev_id)
         await asyncio.sleep(self.world.rng.uniform(0.0005, 0.01))
         if kind == "slow-launch":
@@ -308,24 +330,28 @@ class Life(PlainLauncher):
         return process.pid
 
     def listen(self, tag: str) -> None:
+        tag = self.root(tag)
         if tag in self.world.homes:
             self.world.homes[tag].notify = lambda: self._ready(tag)
 
     def _ready(self, tag: str) -> None:
         if self.alive:
             self.world.loop.call_soon(self.monitor.ready, tag)
+            for each in [each for each, root in self.world.links.items() if root == tag]:
+                self.world.loop.call_soon(self.monitor.ready, each)
 
     def write_line(self, tag: str, line: str) -> None:
         self._before("line")
-        if tag not in self.world.homes:
+        root = self.root(tag)
+        if root not in self.world.homes:
             raise OSError(errno.ENOENT, f"No such file or directory: {tag}/stdin")
-        self.world.laws.line(int(tag.partition("-")[0]), tag)
-        self.world.homes[tag].write(line)
+        self.world.laws.line(int(tag.partition("-")[0]), root)
+        self.world.homes[root].write(line)
         self.world.note("supervisor", f"writes the line of attempt {tag}")
         self._after("line")
 
     def unread(self, tag: str) -> bool:
-        home = self.world.homes.get(tag)
+        home = self.world.homes.get(self.root(tag))
         return home is not None and bool(home.lines) and not home.read
 
     def how_ended(self, pid: int) -> tuple[str, int | None]:
@@ -349,11 +375,14 @@ class Life(PlainLauncher):
         return self.world.host_ends
 
     def last_words(self, tag: str) -> str:
-        return self.world.homes[tag].said if tag in self.world.homes else ""
+        home = self.world.homes.get(self.root(tag))
+        return home.said if home else ""
 
     def keep_only(self, tags: set[str]) -> None:
-        for tag in self.world.homes.keys() - tags:
+        for tag in self.world.homes.keys() - {self.root(tag) for tag in tags}:
             del self.world.homes[tag]
+        for tag in self.world.links.keys() - tags:
+            del self.world.links[tag]
 
     def trim(self) -> None: ...
 
@@ -377,6 +406,18 @@ class Life(PlainLauncher):
             raise OSError(errno.ENOSPC, "No space left on device")
         self.world.specs[spec.dev_id] = spec
         self._after("save spec")
+
+    def save_standby(self, standby: Standby) -> None:
+        self._before("save standby")
+        if self.world.disk_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.world.standbys[standby.tag] = standby
+        self._after("save standby")
+
+    def drop_standby(self, tag: str) -> None:
+        self._before("drop standby")
+        self.world.standbys.pop(tag, None)
+        self._after("drop standby")
 
     def publish(self, transition: Transition) -> None:
         if self.alive:

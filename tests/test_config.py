@@ -25,6 +25,8 @@ launcher = "fork"
 profiles = false
 ignore = ["mine@*.service"]
 starts_at_once = 3
+standby_max = 5
+standby_free_percent = 25
 lock_memory = false
 placement = "warn"
 admin_group = "disk"
@@ -157,7 +159,7 @@ def test_the_example_has_every_key_and_none_at_its_default() -> None:
     policy = {key: plain(value) for key, value in asdict(full.policy).items()}
     top = (
         *("poll_interval_s", "launcher", "profiles", "ignore", "starts_at_once", "lock_memory"),
-        *("placement", "admin_group"),
+        *("placement", "admin_group", "standby_max", "standby_free_percent"),
     )
     given = {key: plain(getattr(full, key)) for key in top} | dict(full.metrics)
     given |= {key: policy[key] for key in RECOVERY}
@@ -389,6 +391,14 @@ def test_a_server_table_is_for_devices_that_come_and_go() -> None:
         ("unit = 'a.service'", "device[1].unit: systemd has the command; remove one of unit and"),
         ("group = 'g'\nattach = 'start'", "device[1].group: is for servers that attach by lines"),
         ("group = 'g'\nhandoff = 'delegated'", "device[1].group: is for servers that attach by"),
+        (
+            "standby = true\nhandoff = 'delegated'",
+            'device[1].standby: a standby waits for its line; with handoff = "delegated" the',
+        ),
+        (
+            "standby = true\nattach = 'start'",
+            'device[1].standby: a standby waits for its line; with attach = "start" a server',
+        ),
         ("exe = '/s'", "device[1].exe: unknown key; known are"),
         ("profile = 'nbd'", "device[1].profile: 'nbd' is none of "),
     ],

@@ -370,6 +370,16 @@ def test_a_server_of_an_attempt_that_is_under_way_is_no_stray(machine: Facts) ->
     assert worst(replace(facts, tagged={"3-1-2": {50}}, running=False), "servers")
 
 
+def test_a_standby_is_no_stray_unless_nobody_knows_it(machine: Facts) -> None:
+    facts = replace(
+        with_device(DevState.LIVE, phase="watching", standby_pid=50)(machine), tagged={"s-1f": {50}}
+    )
+    assert worst(facts, "servers") == []
+    (found,) = worst(replace(facts, tagged={"s-1f": {51}}), "servers")
+    assert "standby s-1f is nobody's, and its processes live: 51" in found.what
+    assert worst(replace(facts, tagged={"s-1f": {51}}, running=False), "servers") == []
+
+
 @pytest.mark.parametrize(
     ("release", "count"),
     [

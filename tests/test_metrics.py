@@ -482,3 +482,18 @@ def test_who_goes_while_the_page_is_written_takes_it_from_nobody() -> None:
         assert b"ublkwatch_build_info" in await second
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize(("standby", "start"), [(True, "standby"), (False, "cold")])
+def test_a_recovery_is_counted_by_how_its_server_began(standby: bool, start: str) -> None:  # noqa: FBT001
+    scraped = Scraped(PROBATION)
+    assert scraped.value("recovery_starts_total", start=start) == 0
+    scraped.move(PROBATION, replace(RECOVERED, standby=standby))
+    assert scraped.value("recovery_starts_total", start=start) == 1
+
+
+def test_standbys_are_counted_by_their_state() -> None:
+    scraped = Scraped()
+    assert scraped.value("standbys", state="waiting") == 0
+    scraped.metrics.sources = replace(scraped.metrics.sources, standbys=lambda: {"waiting": 2})
+    assert [scraped.value("standbys", state=each) for each in ("waiting", "missing")] == [2, 0]

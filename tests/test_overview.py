@@ -201,6 +201,16 @@ def test_a_document_of_an_older_version_is_shown_as_far_as_it_goes() -> None:
         assert sheet.details(device, made, READER)
 
 
+def test_a_device_tells_of_its_standby() -> None:
+    made = document(HEALTHY)
+    (device,) = made["devices"]
+    assert "Standby" not in sheet.details(device, made, READER)
+    device |= {"standby": "waiting", "standby_pid": 77}
+    assert "Standby waiting, pid 77" in sheet.details(device, made, READER)
+    device |= {"standby": "missing", "standby_pid": None, "standby_note": "it ended: SIGKILL"}
+    assert "Standby missing; the last one: it ended: SIGKILL" in sheet.details(device, made, READER)
+
+
 if __name__ == "__main__":
     for each in PAGES:
         (GOLDEN / f"{each}.txt").write_text(readable(each))

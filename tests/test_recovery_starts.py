@@ -107,6 +107,44 @@ def test_time_in_which_we_slept_counts_for_no_server(story: Story) -> None:
     assert later.quiet_since is None
 
 
+# --- a standby, which is a server that was started earlier ---------------------------------------
+
+
+@pytest.mark.parametrize("code", [None, 78])
+def test_that_a_standby_ended_before_its_line_is_no_failed_attempt(
+    story: Story, code: int | None
+) -> None:
+    story.policy = replace(story.policy, attempts_max=1)
+    seq = story.draining().record.seq
+    story.tell(Spawned(seq, NEW, standby=True), Ready(seq), ServerExited(NEW, "SIGKILL", code))
+    story.over()
+    assert (story.record.phase, story.record.reason) == (Phase.BACKOFF, Reason.STANDBY_LOST)
+    assert (story.record.failures, story.record.detail) == ((), "SIGKILL")
+    assert story.record.wake == story.now
+    assert story.sleep() == [Spawn(seq + 1), ReadInfo()]
+    story.tell(Spawned(seq + 1, OTHER), ServerExited(OTHER, "exit status 1", 1))
+    assert (story.record.reason, len(story.record.failures)) == (Reason.DIED_BEFORE_READY, 1)
+
+
+def test_a_standby_that_ends_while_start_is_with_the_kernel_costs_nothing_either(
+    story: Story,
+) -> None:
+    seq = story.draining().record.seq
+    story.tell(Spawned(seq, NEW, standby=True), Ready(seq), story.read(DevState.QUIESCED))
+    assert story.is_in(Phase.STARTING)
+    story.tell(ServerExited(NEW, "SIGKILL"), StartReplied(seq, 0))
+    story.over()
+    assert (story.record.phase, story.record.reason) == (Phase.BACKOFF, Reason.STANDBY_LOST)
+    assert story.record.failures == ()
+
+
+def test_a_standby_that_has_its_line_is_a_server_as_any_other(story: Story) -> None:
+    seq = story.draining().record.seq
+    story.tell(Spawned(seq, NEW, standby=True), Ready(seq), story.read(DevState.QUIESCED))
+    story.tell(StartReplied(seq, 0), ServerExited(NEW, "SIGKILL"))
+    assert (story.record.reason, len(story.record.failures)) == (Reason.DIED_ATTACHING, 1)
+
+
 # --- what pre_recover says -----------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ import virtual
 from ublkwatch.care import Care, Job, Origin, Run, Spec
 from ublkwatch.events import Event, Ready, Spawned, SpawnFailed
 from ublkwatch.lanes import Lanes
-from ublkwatch.model import Phase, QueueConfig, Record, ServerId, SpawnVerdict
+from ublkwatch.model import Phase, QueueConfig, Reason, Record, ServerId, SpawnVerdict
 from ublkwatch.starts import Starts, tag_of
 
 QUEUE = QueueConfig(2, 64, 4096, 8, {})
@@ -32,6 +32,8 @@ class Host:
     asked: list[tuple[str, ...]] = field(default_factory=list)
     restored: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
     known_records: list[Record] = field(default_factory=list)
+    standby: ServerId | None = None  # one that waits
+    taken: list[tuple[str, str]] = field(default_factory=list)
     at_birth: Callable[[], None] = lambda: None
     at_once: int = 64
     starting: int = 0
@@ -45,6 +47,7 @@ class Host:
             kept=self,
             lanes=Lanes(self.at_once),
             monitor=self,
+            standbys=self,
         )
 
     async def start(self, tag: str, job: Job) -> int:
@@ -62,6 +65,16 @@ class Host:
 
     def join(self, tag: str, root: str) -> None:
         self.roots[tag] = root
+
+    def waits(self, name: str) -> bool:
+        return self.standby is not None and bool(name)
+
+    async def take(self, tag: str, name: str) -> ServerId | None:
+        self.taken.append((tag, name))
+        if self.standby is not None and self.standby in self.alive.values():
+            self.join(tag, "s-1")
+            return self.standby
+        return None
 
     def root(self, tag: str) -> str:
         return self.roots.get(tag, tag)
@@ -175,6 +188,66 @@ def test_nothing_is_started_for_an_attempt_that_ended_while_it_waited() -> None:
     play(story)
     assert list(host.jobs) == ["3-13-1"]
     assert host.of(4) == []
+
+
+# --- a standby -----------------------------------------------------------------------------------
+
+WAITS = ServerId(77, 1, "boot")
+
+
+def test_a_standby_is_taken_and_needs_no_turn() -> None:
+    host = Host({3: Care(("/s",)), 4: Care(("/s",), standby=True)}, at_once=1)
+    host.standby = host.alive[77] = WAITS
+
+    async def story() -> None:
+        await host.wish(lost(3))  # and has the only turn
+        await host.wish(lost(4))
+
+    play(story)
+    assert (host.taken, list(host.jobs)) == ([("4-14-1", "ublkb4")], ["3-13-1"])
+    assert host.of(4) == [Spawned(1, WAITS, standby=True), Ready(1)]
+
+
+def test_where_the_standby_is_of_no_use_a_server_is_started_and_the_hook_asked_once() -> None:
+    host = Host({4: Care(("/s",), standby=True, hook=("/hook",))}, {"/hook": ("exit status 0", 0)})
+    host.standby = WAITS  # which is dead
+    play(lambda: host.wish(lost(4)))
+    assert (len(host.taken), len(host.asked), list(host.jobs)) == (1, 1, ["4-14-1"])
+    assert host.of(4) == [Spawned(1, ServerId(1000, 1, "boot"))]
+
+
+def test_the_hook_may_keep_a_standby_waiting() -> None:
+    host = Host({4: Care(("/s",), standby=True, hook=("/hook",))}, {"/hook": ("later", 75)})
+    host.standby = host.alive[77] = WAITS
+    play(lambda: host.wish(lost(4)))
+    assert host.of(4) == [SpawnFailed(1, "pre_recover: later", SpawnVerdict.LATER)]
+    assert (host.taken, host.jobs) == ([], {})
+
+
+def test_a_group_takes_its_standby_once() -> None:
+    care = Care(("/s",), standby=True, group="g")
+    host = Host({3: care, 4: care})
+    host.standby = host.alive[77] = WAITS
+
+    async def story() -> None:
+        await asyncio.gather(host.wish(lost(3)), host.wish(lost(4)))
+
+    play(story)
+    assert (host.taken, host.jobs) == ([("3-13-1", "group-g")], {})
+    assert host.of(3) == host.of(4) == [Spawned(1, WAITS, standby=True), Ready(1)]
+    assert host.roots == {"3-13-1": "s-1", "4-14-1": "s-1"}
+
+
+def test_who_lost_a_standby_does_not_wait_with_those_who_failed() -> None:
+    again = replace(lost(4, 2, attempts=2), reason=Reason.STANDBY_LOST)
+    host = Host({n: Care(("/s",)) for n in range(5)}, at_once=4)
+
+    async def story() -> None:
+        await host.wish(lost(3, 2, attempts=2))  # and has the only turn of those
+        await host.wish(again)
+
+    play(story)
+    assert list(host.jobs) == ["3-13-2", "4-14-2"]
 
 
 # --- pre_recover ---------------------------------------------------------------------------------

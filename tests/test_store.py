@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ublkwatch.care import Origin, Spec
+from ublkwatch.care import Origin, Spec, Standby
 from ublkwatch.model import (
     Ailment,
     Armed,
@@ -43,6 +43,7 @@ RECORD = Record(
     server=ServerId(77, 88, "boot"),
     candidate=ServerId(99, 100, "boot"),
     seq=12,
+    standby=True,
     spawned_at=1233.5,
     ready=True,
     holders="no visible holder of /dev/ublkc3",
@@ -305,3 +306,15 @@ def test_a_record_of_an_older_version_keeps_what_it_knew(store: Store, tmp_path:
     del content["ill"]
     path.write_text(json.dumps(content | {"crippled": "thread 78"}))
     assert store.load_records() == {3: replace(RECORD, info=None, ill=None)}
+
+
+def test_standbys_are_kept_until_they_are_dropped(tmp_path: Path) -> None:
+    whole = Standby("s-1f", "ublkb3", 3, "a job", "a file", ServerId(77, 88, "boot"), ready=True)
+    begun = Standby("s-20", "group-g", 4, "another job")
+    with contextlib.closing(Store(tmp_path / "run", tmp_path / "state")) as store:
+        for standby in (whole, begun):
+            store.save_standby(standby)
+        assert store.load_standbys() == [whole, begun]
+        store.drop_standby("s-20")
+        store.drop_standby("s-20")
+        assert store.load_standbys() == [whole]

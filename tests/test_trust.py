@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ublkwatch.trust import TrustError, check_executable, open_trusted
+from ublkwatch.trust import TrustError, check_executable, open_trusted, program
 
 NOBODY = 65534
 
@@ -189,3 +189,24 @@ def test_the_interpreter_of_a_script_is_judged_like_a_program(way: Path) -> None
 def test_a_script_that_interprets_itself_is_refused(way: Path) -> None:
     with pytest.raises(TrustError, match="script of a script"):
         check_executable(script(way / "self", f"#!{way}/self\n"))
+
+
+def test_a_program_has_another_name_when_it_or_its_interpreter_is_another(way: Path) -> None:
+    interpreter = way / "sh"
+    interpreter.write_bytes(Path("/bin/sh").read_bytes())
+    interpreter.chmod(0o755)
+    server = script(way / "server", f"#!{interpreter}\n")
+    names = [program(server)]
+    assert program(server) == names[0]
+    script(way / "fresh", f"#!{interpreter}\n").rename(server)  # as a package manager does
+    names.append(program(server))
+    server.write_text(f"#!{interpreter} -e\n")
+    names.append(program(server))
+    (way / "fresh").write_bytes(interpreter.read_bytes())
+    (way / "fresh").chmod(0o755)
+    (way / "fresh").rename(interpreter)
+    names.append(program(server))
+    assert len(set(names)) == 4
+    server.chmod(0o777)
+    with pytest.raises(TrustError, match="others can write it"):
+        program(server)

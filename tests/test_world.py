@@ -84,6 +84,34 @@ def test_we_may_die_everywhere_also_where_servers_wait_for_no_line(
     die_everywhere(Story(7, generation, kinds=kinds, way=way))
 
 
+@pytest.mark.parametrize("generation", GENERATIONS, ids=lambda generation: generation.name)
+@pytest.mark.parametrize("kinds", [(), ("exit-after-line",)])
+def test_we_may_die_everywhere_also_with_a_standby(
+    kinds: tuple[str, ...], generation: Generation
+) -> None:
+    die_everywhere(Story(7, generation, kinds=kinds).with_standby("waits"))
+
+
+@pytest.mark.parametrize("generation", GENERATIONS, ids=lambda generation: generation.name)
+@pytest.mark.parametrize(
+    ("when", "taken"), [("waits", True), ("killed", False), ("outdated", False)]
+)
+def test_a_standby_is_taken_or_a_new_server_started_and_no_attempt_lost(
+    when: str, *, taken: bool, generation: Generation
+) -> None:
+    async def tell(world: World) -> None:
+        await World.tell(world)
+        (record,) = world.records.values()
+        tag = next(p.tag for p in world.processes.alive() if p.id == record.server)
+        assert tag.startswith("s-") == taken == record.standby
+        assert record.failures == ()
+
+    for seed in range(30):
+        world = play(Story(seed, generation).with_standby(when), tell)
+        assert world.laws.broken == []
+        assert world.recovered == 1
+
+
 def die_everywhere(story: Story) -> None:
     alive = play(story)
     assert alive.laws.broken == []

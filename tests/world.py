@@ -12,7 +12,7 @@ import logging
 import random
 import sys
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from processes import Process, Processes
 from twin import Driver
 from twin_device import Device
 
-from ublkwatch.care import Care, Spec
+from ublkwatch.care import Care, Spec, Standby
 from ublkwatch.events import Asked, Transition
 from ublkwatch.model import (
     Attach,
@@ -76,6 +76,8 @@ class Story:
     death: tuple[str, int] | None = None
     way: str = "line"  # how servers attach: by their line, as they "start", or "delegated"
     policy: tuple[tuple[str, Any], ...] = ()  # what the operator chose besides
+    standby: bool = False  # the next server is started beforehand
+    when: str = ""  # its server is killed when the standby "waits", is "killed" or "outdated" too
 
     @property
     def mode(self) -> RecoveryMode:
@@ -120,7 +122,7 @@ class Story:
         rng = random.Random(seed)  # noqa: S311 - chance that can be replayed
         bad = rng.choices((0, 1, 2, 6), (3, 4, 2, 1))[0]
         wrong = rng.choices((0, 1, 2, 3), (3, 5, 2, 1))[0]
-        return cls(
+        story = cls(
             seed=seed,
             generation=rng.choice((Generation.G2, Generation.G3)),
             flags=rng.choices((REISSUE, PLAIN, FAIL_IO, DevFlags(0)), (6, 2, 2, 1))[0],
@@ -131,6 +133,11 @@ class Story:
             way=rng.choices(("line", "start", "delegated"), (4, 1, 1))[0],
             policy=rng.choices(POLICIES, (8, 2, 2, 2, 1))[0],
         )
+        return story.with_standby() if story.way == "line" and rng.random() < 0.3 else story
+
+    def with_standby(self, when: str = "") -> Story:
+        """Have the next server started beforehand, and soon."""
+        return replace(self, standby=True, policy=(*self.policy, ("stable_s", 0.1)), when=when)
 
 
 @dataclass
@@ -142,6 +149,9 @@ class World:
     records: dict[int, Record] = field(default_factory=dict)
     specs: dict[int, Spec] = field(default_factory=dict)
     homes: dict[str, Home] = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)  # attempts that share another's home
+    standbys: dict[str, Standby] = field(default_factory=dict)
+    program: str = "1"  # what is executed
     transcript: list[str] = field(default_factory=list)
     losing: dict[str, str] = field(default_factory=dict)
     decision: int | None = None  # what the operator's command says
@@ -169,7 +179,8 @@ class World:
             attach_timeout_s=60 if delegated else 15,
             **dict(self.story.policy),
         )
-        self.cares = {0: Care(("/bin/server",), self.policy, decider=("/bin/decide",))}
+        care = Care(("/bin/server",), self.policy, decider=("/bin/decide",))
+        self.cares = {0: replace(care, standby=self.story.standby)}
         self.decision = self.rng.choice([None, 0, 10, 20])
         self.processes = Processes()
         self.driver = Driver(
@@ -298,6 +309,7 @@ class World:
         early = [asyncio.create_task(fault.act(self)) for fault in faults if fault.early]
         load = asyncio.create_task(self._load())
         await self.pause(0.5, 3)
+        await self._standby()
         late = [asyncio.create_task(fault.act(self)) for fault in faults if not fault.early]
         await asyncio.sleep(0)
         if server := self.serving():
@@ -311,6 +323,19 @@ class World:
             self.life.alive = False
             self.life.task.cancel()
         return self.laws.broken
+
+    async def _standby(self) -> None:
+        """Wait for the standby, where the story wants that, and let befall it what is to."""
+        if not self.story.when:
+            return
+        for _ in range(6000):  # it may not come: a device that was never seen LIVE has none
+            if any(standby.ready for standby in self.standbys.values()):
+                break
+            await asyncio.sleep(0.01)
+        self.program = "2" if self.story.when == "outdated" else self.program
+        for process in self.processes.alive():
+            if self.story.when == "killed" and process.tag in self.standbys:
+                process.end()
 
     async def _load(self) -> None:
         for _ in range(40):

@@ -70,6 +70,7 @@ def begin(record: Record, now: float, policy: Policy) -> Step:
         candidate=None,
         spawned_at=None,
         ready=False,
+        standby=False,
         holders="",
         over=False,
         shared=False,
@@ -122,6 +123,8 @@ def start_replied(record: Record, error: int, now: float, policy: Policy) -> Ste
         return leave(record, Phase.GONE, now)
     # Where it is not prepared any more, it died, and that came first.
     if error != errno.ETIMEDOUT and not pace.prepared(record, policy):
+        if record.reason is Reason.STANDBY_LOST:
+            return end(record, now)
         return fail(record, record.reason or Reason.DIED_BEFORE_READY, record.detail, now)
     if taken:
         return attach(record, now, policy)
@@ -254,6 +257,10 @@ def ended(record: Record, how: str, code: int | None, now: float, policy: Policy
     """Take the end of the attempt's process, whoever that was."""
     permanent = code in policy.permanent_exits
     match record.phase:
+        case Phase.DRAINING if record.standby:  # it says nothing of one that is started now
+            return end(replace(record, reason=Reason.STANDBY_LOST, detail=how), now)
+        case Phase.STARTING if record.standby:
+            return replace(record, candidate=None, reason=Reason.STANDBY_LOST, detail=how), ()
         case Phase.DRAINING:
             reason = Reason.PERMANENT_EXIT if permanent else Reason.DIED_BEFORE_READY
             return fail(record, reason, how, now)

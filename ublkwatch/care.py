@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from string import Formatter
 
-from ublkwatch.model import Policy, QueueConfig
+from ublkwatch.model import Policy, QueueConfig, ServerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ class Care:
     group: str = ""  # devices of one group are served by one process
     priority: int = 0  # of several lost at once, the highest is started first
     keep: tuple[str, ...] = ()  # files that a failed recover command loses: kept, and restored
+    standby: bool = False  # the next server is started beforehand, and waits for its line
     # Who says so: the configuration, a registration, a profile.
     source: str = field(default="", compare=False)
 
@@ -75,6 +76,29 @@ class Job:
     command: tuple[str, ...]
     run: Run = Run()
     origin: Origin = Origin()  # whom it runs as, where ``run.user`` says nothing
+    spare: bool = False  # started to wait, beside one of the same name that serves
+
+
+@dataclass(frozen=True, slots=True)
+class Standby:
+    """A server that was started beforehand: what our successor has to know of it."""
+
+    tag: str  # names its home, and its processes
+    name: str  # of its job: whose it is, a device's or a group's
+    dev_id: int  # the device, or the first of the group
+    job: str  # what was started: a fingerprint
+    program: str = ""  # which file was executed: likewise
+    server: ServerId | None = None  # None: nobody knows yet whether there is one
+    ready: bool = False  # it waits for its line
+
+
+@dataclass(frozen=True, slots=True)
+class StandbyShown:
+    """What is shown of a device's standby."""
+
+    state: str  # one of measures.STANDBYS
+    pid: int | None = None
+    note: str = ""  # why there is none, where that is known
 
 
 ALWAYS = ("dev_id", "char_dev", "name")  # others are known once the device was seen LIVE

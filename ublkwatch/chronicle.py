@@ -58,6 +58,7 @@ def outage_over(transition: Transition) -> dict[str, Any] | None:
         "detected_by": record.detected_by,
         "asked_by": record.asked_by or None,
         "attempts": record.attempts,
+        "start": ("standby" if record.standby else "cold") if recovered else None,
         "held_s": record.last_held_s if recovered else None,
         "timeline": [[name, at - lost] for name, at in record.marks],
     }

@@ -20,7 +20,16 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from ublkwatch.measures import AILMENTS, COLLECTORS, MEASURES, PHASES, STATES, Kind, state_of
+from ublkwatch.measures import (
+    AILMENTS,
+    COLLECTORS,
+    MEASURES,
+    PHASES,
+    STANDBYS,
+    STATES,
+    Kind,
+    state_of,
+)
 from ublkwatch.model import Record, RecoveryMode
 from ublkwatch.status import complaint
 
@@ -46,6 +55,7 @@ class Snapshot:
     devices: tuple[Seen, ...] = ()
     numbers: Mapping[str, float] | None = None  # by the name of a measure without labels
     infos: Mapping[str, Mapping[str, str]] | None = None
+    standbys: Mapping[str, int] | None = None  # how many, by their state
 
 
 class Snapshots(Collector):
@@ -105,6 +115,10 @@ def _supervisor(snapshot: Snapshot) -> Iterator[Metric]:
         family = _family(name)
         family.add_metric([], number)
         yield family
+    family = _family("standbys")
+    for state in STANDBYS:
+        family.add_metric([state], (snapshot.standbys or {}).get(state, 0))
+    yield family
 
 
 def _devices(snapshot: Snapshot) -> Iterator[Metric]:

@@ -45,6 +45,8 @@ class Config:
     profiles: bool
     ignore: tuple[str, ...]
     starts_at_once: int
+    standby_max: int = 64
+    standby_free_percent: int = 10
     lock_memory: bool = True
     placement: str = "refuse"
     admin_group: str = ""
@@ -128,6 +130,8 @@ def parse(content: bytes, name: str) -> Config:
         profiles=values["profiles"],
         ignore=_words(values["ignore"], name, "ignore"),
         starts_at_once=values["starts_at_once"],
+        standby_max=values["standby_max"],
+        standby_free_percent=values["standby_free_percent"],
         lock_memory=values["lock_memory"],
         placement=values["placement"],
         admin_group=values["admin_group"],

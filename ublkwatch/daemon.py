@@ -21,6 +21,7 @@ from ublkwatch import (
     discover,
     fork,
     log,
+    memory,
     page,
     server,
     status,
@@ -55,6 +56,7 @@ from ublkwatch.probes import Probes
 from ublkwatch.rules import Unmanaged
 from ublkwatch.settings import ConfigError
 from ublkwatch.siting import Siting
+from ublkwatch.standby import Terms
 from ublkwatch.stopping import Stopper
 from ublkwatch.store import Store
 from ublkwatch.uapi import DevFlags
@@ -89,7 +91,7 @@ class Daemon:
         self._store = store
         self._bulletin = Bulletin(
             self._compose,
-            lambda: self._monitor.changes,
+            lambda: self._monitor.changes + self._monitor.standbys.begun,
             store,
             self._status_told,
             lambda: time.time() - time.monotonic(),
@@ -165,6 +167,16 @@ class Daemon:
             care=self._find_care,
             kept=Kept(settings.runtime_dir),
             lanes=Lanes(settings.starts_at_once),
+            standbys=Terms(
+                most=lambda: self._library.settings.standby_max,
+                least_free=lambda: self._library.settings.standby_free_percent,
+                free=memory.free_percent,
+                program=launcher.program,
+                former=self._store.load_standbys(),
+                keep=self._store.save_standby,
+                drop=self._store.drop_standby,
+                tell=self._tell_standby,
+            ),
             meter=self._metrics,
             beat=self._beat,
         )
@@ -177,6 +189,7 @@ class Daemon:
         probes = Probes(self._metrics, self._health)
         self._metrics.sources = Sources(
             records=self._monitor.records,
+            standbys=self._monitor.standbys.counts,
             policy=self._chosen,
             started_at=_started_at,
             generation=self._generation,
@@ -289,6 +302,12 @@ class Daemon:
         if (outage := chronicle.outage_over(transition)) is not None:
             self._news.take(outage)
 
+    def _tell_standby(self, dev_id: int, text: str, bad: bool) -> None:  # noqa: FBT001 - Terms.tell
+        level, line = logging.WARNING if bad else logging.INFO, f"ublk {dev_id}: {text}"
+        _log.log(level, "%s", line)
+        self._bulletin.dirty()
+        self._news.tell("standby", line, logging.getLevelName(level).lower(), dev_id)
+
     def _remember(self, entry: dict[str, Any]) -> None:
         """Keep an order; what it changed is worth a status document, too."""
         self._bulletin.dirty()
@@ -317,6 +336,7 @@ class Daemon:
             interval_s=CONFIRM_S,
             name=self._server_name,
             started_at=_started_at,
+            standby=self._monitor.standbys.of,
         )
         reader = page.Reader(wall=document["written_at"], running=True)
         self._manager.says(page.summary(document["devices"], reader))

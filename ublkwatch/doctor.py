@@ -17,7 +17,7 @@ from ublkwatch.driver import gate
 from ublkwatch.examined import Facts
 from ublkwatch.finding import Finding, Level
 from ublkwatch.host import OURS, systemd_root
-from ublkwatch.model import DevInfo, Generation, RecoveryMode
+from ublkwatch.model import STANDBY_TAG, DevInfo, Generation, RecoveryMode
 from ublkwatch.uapi import DevState
 
 _INIT_PID_NS = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
@@ -303,15 +303,22 @@ def strays(facts: Facts) -> Iterator[Finding]:
     if facts.blind:
         yield Finding(Level.UNSEEN, "servers", "others' processes cannot be seen", _AS_ROOT)
         return
-    known = {each["dev_id"]: each["phase"] for each in facts.document.get("devices", [])}
+    shown = facts.document.get("devices", [])
+    known = {each["dev_id"]: each["phase"] for each in shown}
+    used = {each.get(key) for each in shown for key in ("candidate_pid", "standby_pid")}
     idle = ("watching", "observed", "failed", "held", None)
     found = False
     for tag, pids in sorted(facts.tagged.items()):
-        phase = known.get(int(tag.partition("-")[0])) if facts.running else None
-        if facts.serving.isdisjoint(pids) and phase in idle:
-            found = True
-            names = " ".join(map(str, sorted(pids)))
+        names = " ".join(map(str, sorted(pids)))
+        if tag.startswith(STANDBY_TAG):  # while nobody runs they wait for who comes
+            over = facts.running and used.isdisjoint(pids)
+            what = f"standby {tag} is nobody's, and its processes live: {names}"
+        else:
+            phase = known.get(int(tag.partition("-")[0])) if facts.running else None
+            over = phase in idle
             what = f"attempt {tag} is over, and its processes live: {names}"
+        if over and facts.serving.isdisjoint(pids):
+            found = True
             yield Finding(Level.WARN, "servers", what, f"kill {names}")
     if not found:
         yield _ok("servers", "none that ublkwatch started serves nothing")

@@ -51,10 +51,11 @@ class ServerWell:
 
 @dataclass(frozen=True, slots=True)
 class Spawned:
-    """The process of attempt ``seq`` exists."""
+    """The process of attempt ``seq`` exists, or a standby was taken for it."""
 
     seq: int
     server: ServerId
+    standby: bool = False  # it had been started beforehand
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,12 +74,14 @@ class Judge:
         self,
         check: Callable[[Path, Path], None] = trust.check_executable,
         look_up: Callable[[str], Identity] = looked_up,
+        program: Callable[[Path, Path], str] = trust.program,
     ) -> None:
         """``check`` raises what is wrong with a program below a root directory.
 
-        ``look_up`` asks the name services.
+        ``look_up`` asks the name services; ``program`` names the files that would be executed.
         """
         self.check = check
+        self._program = program
         self._look_up = look_up
         self._users: dict[str, Identity] = {}
 
@@ -97,6 +99,15 @@ class Judge:
             raise UserError(f"{job.command[0]!r}: must be an absolute path")
         self.check(Path(job.command[0]), root)
         return resolve(job, self._known)
+
+    def program(self, job: Job, root: Path = Path("/")) -> str:
+        """Name the program of this moment, or "" where its file cannot be looked at; TrustError."""
+        try:
+            return self._program(Path(job.command[0]), root)
+        except trust.TrustError:
+            raise
+        except OSError:
+            return ""
 
     def _known(self, user: str) -> Identity:
         return self._users.get(user) or self._look_up(user)

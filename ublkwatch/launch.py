@@ -102,6 +102,11 @@ class Launcher:
         starter = self._units if units else self._fork
         return await starter.start(tag, home, job, identity, environment)
 
+    async def program(self, job: Job) -> str:
+        """Name the program that would be executed now, or "" where nobody can tell; TrustError."""
+        root = self._host if await self._choose() else OURS
+        return await asyncio.to_thread(self._judge.program, job, root)
+
     async def _start_named(self, tag: str, job: Job) -> int:
         """Start a unit that somebody else wrote: as whom and how it runs is systemd's to know."""
         if not await self._choose(needed=f"unit {job.run.unit}"):
@@ -201,6 +206,7 @@ class Launcher:
         for tag in self._homes.others(tags):
             if (group := self._group(tag)) is not None and self._homes.root(tag) == tag:
                 cgroup.remove(group)
+            self._units.discard(self._homes.path(tag))
             self._homes.remove(tag)
 
     # --- what else is started --------------------------------------------------------------------

@@ -29,7 +29,7 @@ _FIXED = frozenset(
     {"runtime_dir", "state_dir", "poll_interval_s", "launcher", "starts_at_once", "metrics"}
     | {"admin_group", "lock_memory", "placement"}
 )
-_AT_ONCE = ("profiles", "ignore")
+_AT_ONCE = ("profiles", "ignore", "standby_max", "standby_free_percent")
 # A device that is known, and what its server is or was.
 Known = tuple[DevInfo, Origin | None]
 

@@ -78,6 +78,8 @@ AILMENTS = tuple(ailment.value for ailment in Ailment)
 SOURCES = ("pidfd", "poll", "startup", *AILMENTS)
 CAUSES = ("signal", "exit", "oom_kill", *AILMENTS, UNKNOWN)
 RESULTS = ("success", "gave_up", "by_others", "left_alone")
+STANDBYS = ("starting", "waiting", "ending", "missing")
+STARTS = ("standby", "cold")
 PUBLICATIONS = ("record", "spec", "status", "event", "history", "log")
 COLLECTORS = ("supervisor", "devices", "process")
 GENERATIONS = ("G2", "G3", "UNKNOWN")
@@ -261,6 +263,21 @@ def _declared() -> tuple[Measure, ...]:
             (Label("phase", OUTAGE_PHASES),),
             experimental,
             _FINE_BUCKETS,
+        ),
+        Measure(
+            "recovery_starts",
+            counter,
+            "Recoveries that succeeded, by whether the new server had waited as a standby, or was "
+            "started when the old one was lost.",
+            (Label("start", STARTS),),
+            experimental,
+        ),
+        Measure(
+            "standbys",
+            gauge,
+            "Servers started beforehand, by their state; missing: there shall be one, and is none.",
+            (Label("state", STANDBYS),),
+            experimental,
         ),
         # the way to the driver
         Measure(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -35,6 +35,7 @@ class Sources:
     """Whom a scrape asks, on the loop."""
 
     records: Callable[[], Iterable[Record]] = tuple
+    standbys: Callable[[], Mapping[str, int]] = dict  # by their state
     policy: Callable[[int], Policy | None] = lambda _: None  # None: in nobody's care
     started_at: Callable[[ServerId], float | None] = lambda _: None
     generation: Generation = Generation.UNKNOWN
@@ -144,6 +145,7 @@ class Metrics(Meter):
         if result == "success":
             held_s = after.last_held_s or 0.0
             self._histograms["recovery_duration_seconds"].observe(held_s)
+            count["recovery_starts"].labels("standby" if after.standby else "cold").inc()
         if after.phase is Phase.GONE:
             self._remove(after.dev_id)
 
@@ -216,6 +218,7 @@ class Metrics(Meter):
                     "features": "" if ask.features is None else f"0x{ask.features:x}",
                 },
             },
+            dict(ask.standbys()),
         )
 
     def _seen(self, record: Record, now: float, offset: float) -> Seen:
@@ -232,7 +235,14 @@ class Metrics(Meter):
 
 _COUNTED = (
     *("server_losses", "server_loss_causes", "recoveries", "recovery_attempt_failures"),
-    *("servers_ended", "device_stalls", "control_commands", "publications_dropped", "poll_errors"),
+    *(
+        "servers_ended",
+        "device_stalls",
+        "recovery_starts",
+        "control_commands",
+        "publications_dropped",
+        "poll_errors",
+    ),
 )
 _MEASURED = tuple(name for name, each in MEASURES.items() if each.kind is Kind.HISTOGRAM)
 

@@ -15,6 +15,8 @@ from ublkwatch.uapi import DevFlags, DevState
 
 # The environment variable by which the processes of an attempt are found again.
 TAG_VARIABLE = "UBLKWATCH_ATTEMPT"
+# How the tags of standbys begin; an attempt's begins with its device's number.
+STANDBY_TAG = "s-"
 # How a process ended, where nobody can tell.
 UNKNOWN = "unknown"
 
@@ -140,6 +142,7 @@ class Reason(Enum):
     HOOK_LATER = "the pre_recover command says: later"
     HOOK_FAILED = "the pre_recover command failed"
     HOOK_PARKED = "the pre_recover command says that it must not be recovered"
+    STANDBY_LOST = "the standby ended before it was given its line; a new server is started"
     DIED_BEFORE_READY = "the server ended before it was ready"
     PERMANENT_EXIT = "the server's exit code says that another attempt cannot help"
     NOT_READY = "the server was not ready in time"
@@ -232,6 +235,7 @@ class Record:
     seq: int = 0  # names an attempt; never used twice for a device
     spawned_at: float | None = None  # when its process was seen to exist; queued until then
     ready: bool = False  # the candidate said READY=1
+    standby: bool = False  # the candidate, or who serves since, had been started beforehand
     holders: str = ""  # who has the character device open, where that is what we wait for
     agreed: int = 0  # reads in a row that said QUIESCED or FAIL_IO
     quiet_since: float | None = None  # the kernel has let go: since then holders are looked for

@@ -67,6 +67,7 @@ class Monitor:
         self._who = Who(edges, policy, specs, self._records.get)
         self.care, self.origin = self._who.care, self._who.origin
         self._performer = Performer(edges, specs, self)
+        self.standbys = self._performer.standbys
         self._pulse = Pulse(edges, self, self._performer.spawn)
         self._lookout = Lookout(
             edges, self, self._performer, self._who, self._unsaved, self._records, records
@@ -138,11 +139,11 @@ class Monitor:
 
     def server_exited(self, server: ServerId, seen: str = UNKNOWN) -> None:
         """Take the news of a watched process's end; who waited for it knows best how it ended."""
-        ask = self._edges.launcher.must_ask(server.pid)
         how, code = self._edges.launcher.how_ended(server.pid)
         how = seen if how == UNKNOWN else how
+        self.standbys.exited(server, how)
         for record in self.records():
-            if ask and server == record.candidate:
+            if server == record.candidate and self._edges.launcher.must_ask(server.pid):
                 self._performer.spawn(record.dev_id, self._performer.ends.tell_end(record, server))
             elif server in (record.server, record.candidate):
                 words = self._edges.launcher.last_words(tag_of(record))
@@ -319,11 +320,11 @@ class Monitor:
             failed = await self._lookout.all()
             self._edges.meter.polled(self._edges.clock() - began, failed=failed)
             self._pulse.look(self.records(), 2 * interval_s + _STALL_S)
+            self.standbys.look()
             self.polls += 1
             self._edges.beat(late_s)
             if self._edges.clock() >= housekeeping:
-                self._edges.launcher.keep_only({tag_of(record) for record in self.all_records()})
-                self._edges.launcher.trim()
+                self._performer.tidy(self.all_records())
                 housekeeping = self._edges.clock() + _HOUSEKEEPING_S
             late_s = await self._rest(interval_s)
 

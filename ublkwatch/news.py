@@ -39,9 +39,9 @@ class News:
             self._dropped += 1
             self._lost(entry)
 
-    def tell(self, kind: str, text: str, level: str = "info") -> None:
-        """Keep what happened to ublkwatch itself."""
-        event = {"kind": kind, "at": time.time(), "dev_id": None, "level": level, "text": text}
+    def tell(self, kind: str, text: str, level: str = "info", dev_id: int | None = None) -> None:
+        """Keep what happened to ublkwatch itself, or beside what the machine knows of a device."""
+        event = {"kind": kind, "at": time.time(), "dev_id": dev_id, "level": level, "text": text}
         self.take(event)
 
     async def write_for_ever(self) -> None:

@@ -17,7 +17,7 @@ SCHEMA_VERSION = 1
 
 _RECOVERY = (
     *("result", "reason", "detail", "cause", "cause_detail", "lost_pid", "detected_by"),
-    *("asked_by", "attempts", "held_s"),
+    *("asked_by", "attempts", "start", "held_s"),
 )
 _ORDER = ("order", "name", "for_s", "reason", "result", "uid", "pid", "exe")
 _CAUSES = {

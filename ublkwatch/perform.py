@@ -43,6 +43,8 @@ from ublkwatch.lanes import Lanes
 from ublkwatch.meter import Meter
 from ublkwatch.model import DevInfo, QueueConfig, Record, ServerId, Traffic
 from ublkwatch.rules import Unmanaged
+from ublkwatch.standby import Terms
+from ublkwatch.standbys import Standbys
 from ublkwatch.starts import about, tag_of
 from ublkwatch.symptoms import Thread
 
@@ -120,6 +122,7 @@ class Edges:
     care: Callable[[DevInfo, Origin | None], Awaitable[Care | Unmanaged]]
     kept: starts.Kept
     lanes: Lanes
+    standbys: Terms = field(default_factory=Terms)
     meter: Meter = field(default_factory=Meter)
     idle: Callable[[], Mapping[int, Traffic]] = dict  # traffic() of disks that have none just now
     beat: Callable[[float], None] = lambda _: None  # by how much the loop was late, at each poll
@@ -128,6 +131,7 @@ class Edges:
 class Caller(ends.Caller, Protocol):
     """monitor.Monitor, as far as the performer speaks to it."""
 
+    def records(self) -> list[Record]: ...
     def quarantine(self, dev_id: int, error: BaseException) -> None: ...
     async def read(self, dev_id: int) -> None: ...
     def origin(self, record: Record) -> Origin | None: ...
@@ -155,6 +159,15 @@ class Performer:
             fork=lambda dev_id: self._starts.fork(dev_id),  # noqa: PLW0108 - which is made below
             monitor=monitor,
         )
+        self.standbys = Standbys(
+            terms=edges.standbys,
+            launcher=edges.launcher,
+            servers=edges.servers,
+            end=self.ends.end,
+            specs=specs,
+            clock=edges.clock,
+            monitor=monitor,
+        )
         self._starts = starts.Starts(
             launcher=edges.launcher,
             identify=edges.servers.identify,
@@ -162,6 +175,7 @@ class Performer:
             kept=edges.kept,
             lanes=edges.lanes,
             monitor=monitor,
+            standbys=self.standbys,
         )
         self._learning: dict[int, asyncio.Lock] = {}
         self._works: dict[type[Effect], Callable[[Record], Coroutine[Any, Any, None]]] = {
@@ -176,6 +190,7 @@ class Performer:
 
     def close(self) -> None:
         """Stop everything under way; the servers live on."""
+        self.standbys.close()
         for task in self._tasks:
             task.cancel()
 
@@ -223,10 +238,17 @@ class Performer:
     def ready(self, tag: str) -> None:
         """Take it that an attempt's server said READY=1."""
         self._starts.ready(tag)
+        self.standbys.ready(tag)
 
     def up(self, tag: str) -> None:
         """Take it that an attempt's server serves."""
         self._starts.up(tag)
+
+    def tidy(self, records: Iterable[Record]) -> None:
+        """Remove what attempts that are over left behind; of these devices some are not."""
+        kept = {tag_of(record) for record in records} | self.standbys.tags()
+        self._edges.launcher.keep_only(kept)
+        self._edges.launcher.trim()
 
     async def _start_server(self, record: Record) -> None:
         try:

@@ -96,6 +96,8 @@ def _shown(value: Any) -> str:
         return str(value.value)
     if isinstance(value, frozenset):
         return str(sorted(value))
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, tuple):
         return str(dict(value) if value and isinstance(value[0], tuple) else list(value))
     return repr(value) if isinstance(value, str) else f"{value:g}"

@@ -216,7 +216,8 @@ def _on_over(record: Record, event: AttemptOver, now: float, policy: Policy) -> 
 
 def _on_spawned(record: Record, event: Spawned, now: float, policy: Policy) -> Step:
     """Take it that the server's process exists: its time begins."""
-    record = replace(record, candidate=event.server, spawned_at=now)
+    standby = event.standby
+    record = replace(record, candidate=event.server, spawned_at=now, standby=standby)
     if record.phase is Phase.DRAINING:
         wake = pace.ready_by(record, policy)
         wake = wake if record.wake is None else min(record.wake, wake)

@@ -55,6 +55,10 @@ TOP = {
     "profiles": Key(bool, True, "take care of known servers that nothing else names"),
     "ignore": Key(list, [], "systemd units whose servers somebody else restarts; * for any part"),
     "starts_at_once": Key(int, 0, "servers started at once; 0: 4 for each CPU", 0, 64),
+    "standby_max": Key(int, 64, "standby servers on this host; 0: none", 0, 4096),
+    "standby_free_percent": Key(
+        int, 10, "percent of the memory that are free, or no standby is started", 0, 100
+    ),
     "lock_memory": Key(bool, True, "keep all of ublkwatch in memory, whatever hangs"),
     "placement": Key(
         str,
@@ -160,6 +164,9 @@ CARE = {
     "oom_score_adj": Key(int, -900, "how unlikely the OOM killer picks it", -1000, 1000),
     "cpus": Key(list, [], "the CPUs that it may run on; none: all", 0, 8191),
     "group": Key(str, "", "devices of one group are served by one process"),
+    "standby": Key(
+        bool, False, "have the next server started beforehand, waiting for its line in memory"
+    ),
     "priority": Key(int, 0, "of many lost at once, the highest is started first", -1000, 1000),
     "keep": Key(list, [], "files that a failed recover command loses, to be restored"),
 }

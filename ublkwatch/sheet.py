@@ -47,6 +47,14 @@ def _facts(device: Device, reader: Reader, *, fresh: bool) -> Iterator[tuple[str
     if device["io_while_down"]:
         yield "Crash", device["io_while_down"]
     yield "Server", _server_in_full(device, reader)
+    if device.get("standby"):
+        pid, note = device.get("standby_pid"), device.get("standby_note")
+        yield (
+            "Standby",
+            device["standby"]
+            + (f", pid {pid}" if pid else "")
+            + (f"; the last one: {note}" if note else ""),
+        )
     if device["queues"]:
         yield "Queues", f"{device['queues']} of depth {device['depth']}; flags {device['flags']:#x}"
     yield "So far", _so_far(device)

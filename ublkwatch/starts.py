@@ -14,7 +14,7 @@ from typing import Protocol
 from ublkwatch.care import Care, Job, Origin, Spec, filled
 from ublkwatch.events import Event, Ready, Spawned, SpawnFailed
 from ublkwatch.lanes import Lanes
-from ublkwatch.model import Phase, Record, ServerId, SpawnVerdict
+from ublkwatch.model import Phase, Reason, Record, ServerId, SpawnVerdict
 
 # A slot is kept until the server is up, but not longer: a bad one must not keep others waiting.
 _SLOT_S = 5.0
@@ -42,6 +42,13 @@ class Kept(Protocol):
     def drop(self, dev_id: int) -> None: ...
 
 
+class Standbys(Protocol):
+    """standbys.Standbys, as far as starts ask for one."""
+
+    def waits(self, name: str) -> bool: ...
+    async def take(self, tag: str, name: str) -> ServerId | None: ...
+
+
 class Caller(Protocol):
     """monitor.Monitor, as far as starts speak to it."""
 
@@ -61,6 +68,7 @@ class _Shared:
     root: str  # the attempt that it was started for
     server: ServerId
     ready: bool = False
+    standby: bool = False  # it had been started beforehand
 
 
 class Starts:
@@ -75,8 +83,10 @@ class Starts:
         kept: Kept,
         lanes: Lanes,
         monitor: Caller,
+        standbys: Standbys | None = None,
     ) -> None:
         """Work for ``monitor``."""
+        self._standbys = standbys
         self._autopsy = autopsy
         self._launcher = launcher
         self._identify = identify
@@ -120,14 +130,22 @@ class Starts:
         dev_id, care = record.dev_id, self._monitor.care(record.dev_id)
         if care is None or spec is None:
             raise FileNotFoundError("nothing says any more how to start its server")
-        leave = await self._lanes.enter(care.priority, again=record.attempts > 1)
+        waits = care.standby and self._standbys and self._standbys.waits(job_name(care, dev_id))
+        if waits:  # nothing is to be started, so it needs no turn
+            if not await self._asked(record, care, spec):
+                return
+            async with self.fork(dev_id):
+                if not self._wanted(dev_id, tag) or await self._given(record, tag, care):
+                    return
+        again = record.attempts > 1 and record.reason is not Reason.STANDBY_LOST
+        leave = await self._lanes.enter(care.priority, again=again)
         self._slots[tag] = leave
         asyncio.get_running_loop().call_later(_SLOT_S, self.up, tag)
         try:
-            if self._wanted(dev_id, tag) and await self._asked(record, care, spec):
+            if self._wanted(dev_id, tag) and (waits or await self._asked(record, care, spec)):
                 async with self.fork(dev_id):
                     if self._wanted(dev_id, tag):
-                        await self._start(record, tag, care, _job(care, spec))
+                        await self._start(record, tag, care, job_of(care, spec))
         except BaseException:
             self.up(tag)
             raise
@@ -155,13 +173,7 @@ class Starts:
     async def _start(self, record: Record, tag: str, care: Care, job: Job) -> None:
         """Start the process, or have the group's take one more device."""
         dev_id, seq = record.dev_id, record.seq
-        shared = self._process_of(care.group) if care.group else None
-        if shared is not None:
-            self._launcher.join(tag, shared.root)
-            self.up(tag)
-            self._monitor.post(dev_id, Spawned(seq, shared.server))
-            if shared.ready:
-                self._monitor.post(dev_id, Ready(seq))
+        if self._joins(record, tag, care):
             return
         if care.keep:
             await asyncio.to_thread(
@@ -179,6 +191,32 @@ class Starts:
             self._shared[care.group] = _Shared(tag, server)
         self._monitor.post(dev_id, Spawned(seq, server))
 
+    def _joins(self, record: Record, tag: str, care: Care) -> bool:
+        """Have the group's process take one more device, where there is one."""
+        shared = self._process_of(care.group) if care.group else None
+        if shared is None:
+            return False
+        self._launcher.join(tag, shared.root)
+        self.up(tag)
+        self._monitor.post(record.dev_id, Spawned(record.seq, shared.server, shared.standby))
+        if shared.ready:
+            self._monitor.post(record.dev_id, Ready(record.seq))
+        return True
+
+    async def _given(self, record: Record, tag: str, care: Care) -> bool:
+        """Give the attempt a process that there is: the group's, or the standby."""
+        assert self._standbys is not None
+        if self._joins(record, tag, care):
+            return True
+        server = await self._standbys.take(tag, job_name(care, record.dev_id))
+        if server is None:
+            return False
+        if care.group:
+            self._shared[care.group] = _Shared(self._launcher.root(tag), server, True, True)
+        self._monitor.post(record.dev_id, Spawned(record.seq, server, standby=True))
+        self._monitor.post(record.dev_id, Ready(record.seq))
+        return True
+
     def _process_of(self, group: str) -> _Shared | None:
         """Return the group's process that lives; of a former life, too."""
         if (shared := self._shared.get(group)) is not None and self._lives(shared.server):
@@ -189,7 +227,7 @@ class Starts:
             ours = care and care.group == group and self._launcher.known(tag_of(record))
             if ours and server and self._lives(server):
                 ready = record.ready or record.phase is not Phase.DRAINING
-                return _Shared(self._launcher.root(tag_of(record)), server, ready)
+                return _Shared(self._launcher.root(tag_of(record)), server, ready, record.standby)
         return None
 
     def _lives(self, server: ServerId) -> bool:
@@ -228,12 +266,18 @@ def values(dev_id: int, care: Care, spec: Spec | None) -> dict[str, str | int]:
     return known
 
 
-def _job(care: Care, spec: Spec) -> Job:
+def job_name(care: Care, dev_id: int) -> str:
+    """Name the server of a device, or of its group."""
+    return f"group-{care.group}" if care.group else f"ublkb{dev_id}"
+
+
+def job_of(care: Care, spec: Spec) -> Job:
+    """Return what is started for a device, or for its group."""
     known, run = values(spec.dev_id, care, spec), care.run
     run = replace(
         run,
         env=tuple((key, filled((value,), known)[0]) for key, value in run.env),
         unit=filled((run.unit,), known)[0],
     )
-    name = f"group-{care.group}" if care.group else f"ublkb{spec.dev_id}"
-    return Job(name, filled(care.command, known), run, spec.origin or Origin())
+    name, command = job_name(care, spec.dev_id), filled(care.command, known)
+    return Job(name, command, run, spec.origin or Origin())

@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Any
 
 from ublkwatch import chronicle
+from ublkwatch.care import StandbyShown
 from ublkwatch.foretell import Times, due, following, remedy
 from ublkwatch.model import (
     CHOICES,
@@ -62,15 +63,18 @@ def document(  # noqa: PLR0913 - each by its name
     interval_s: float | None = None,
     name: Callable[[Record], str] = lambda _: "",
     started_at: Callable[[ServerId], float | None] = lambda _: None,
+    standby: Callable[[Record], StandbyShown | None] = lambda _: None,
 ) -> dict[str, Any]:
     """Return the status document of this moment; ``generation`` is the driver's.
 
     It is written anew, or confirmed, every ``interval_s`` at least. ``name`` is the server's, for
-    people, and ``started_at`` the wall time at which a process was started.
+    people, and ``started_at`` the wall time at which a process was started. ``standby`` is what
+    there is to be said of a device's standby; None: it shall have none.
     """
     devices = [
         _device(record, policy(record.dev_id), Times(now, wall, str))
         | _server(record, name, started_at)
+        | _standby(standby(record))
         for record in sorted(records, key=lambda record: record.dev_id)
     ]
     return {
@@ -161,6 +165,14 @@ def _server(
         "server_name": name(record) or None,
         "server_started_at": started_at(server) if server else None,
         "candidate_pid": candidate.pid if candidate and candidate != server else None,
+    }
+
+
+def _standby(shown: StandbyShown | None) -> dict[str, Any]:
+    return {
+        "standby": shown.state if shown else None,
+        "standby_pid": shown.pid if shown else None,
+        "standby_note": shown.note or None if shown else None,
     }
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ublkwatch.care import Origin, Spec
+from ublkwatch.care import Origin, Spec, Standby
 from ublkwatch.model import (
     Ailment,
     Armed,
@@ -54,6 +54,7 @@ class Store:
     def __init__(self, runtime_dir: Path, state_dir: Path) -> None:
         """Make the directories where missing, and take the lock; StoreError when that fails."""
         self._records = runtime_dir / "records"
+        self._standbys = runtime_dir / "standbys"
         self._specs = state_dir / "specs"
         self._registered = state_dir / "registered"
         self._runtime_dir = runtime_dir
@@ -61,6 +62,7 @@ class Store:
         for directory, mode in (
             (runtime_dir, 0o755),
             (self._records, 0o700),
+            (self._standbys, 0o700),
             (state_dir, 0o700),
             (self._specs, 0o700),
             (self._registered, 0o700),
@@ -128,6 +130,19 @@ class Store:
     def load_specs(self) -> dict[int, Spec]:
         """Return what was kept; a file that cannot be understood is set aside."""
         return {spec.dev_id: spec for spec in self._load(self._specs, _decode_spec)}
+
+    def save_standby(self, standby: Standby) -> None:
+        """Keep what has to be known of a standby; OSError when it could not be written."""
+        content = {"version": _VERSION} | asdict(standby)
+        replace_file(self._standbys / f"{standby.tag}.json", json.dumps(content))
+
+    def drop_standby(self, tag: str) -> None:
+        """Forget a standby that has ended, or serves; OSError when that is impossible."""
+        (self._standbys / f"{tag}.json").unlink(missing_ok=True)
+
+    def load_standbys(self) -> list[Standby]:
+        """Return the standbys of our former life."""
+        return list(self._load(self._standbys, _decode_standby))
 
     def save_registration(self, name: str, table: Mapping[str, Any]) -> None:
         """Keep what an operator has registered; OSError when it could not be written."""
@@ -337,6 +352,12 @@ def _decode_registration(content: dict[str, Any], version: int) -> tuple[str, di
 def _check_version(version: int, known: int = _VERSION) -> None:
     if version != known:
         raise ValueError(f"version {version}, where this ublkwatch knows {known}")
+
+
+def _decode_standby(content: dict[str, Any], version: int) -> Standby:
+    _check_version(version)
+    server = content["server"] and ServerId(**content["server"])
+    return Standby(**content | {"server": server})
 
 
 def _decode_spec(content: dict[str, Any], version: int) -> Spec:

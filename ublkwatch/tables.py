@@ -92,6 +92,8 @@ def _care(table: Mapping[str, Any], values: Mapping[str, Any], complain: _Compla
     command = _command(values, policy, complain, given="command" in table)
     if values["group"]:
         _check_group(values, policy, command, complain)
+    if values["standby"]:
+        _check_standby(policy, complain)
     return Care(
         command,
         policy,
@@ -103,6 +105,7 @@ def _care(table: Mapping[str, Any], values: Mapping[str, Any], complain: _Compla
         group=_name(values["group"], "group", complain),
         priority=values["priority"],
         keep=_paths(values["keep"], complain),
+        standby=values["standby"],
         source=str(complain),
     )
 
@@ -134,6 +137,21 @@ def _check_group(
         raise complain("command", f"{one[0]!r} names one device, where group says: several")
     if values["unit"]:
         raise complain("unit", "cannot be a group's: its server is given no line")
+
+
+def _check_standby(policy: Policy, complain: _Complaints) -> None:
+    if policy.handoff is Handoff.DELEGATED:
+        raise complain(
+            "standby",
+            'a standby waits for its line; with handoff = "delegated" the server\'s own command '
+            "recovers the device as soon as it runs: remove one of them",
+        )
+    if policy.attach is Attach.START:
+        raise complain(
+            "standby",
+            'a standby waits for its line; with attach = "start" a server touches the device as '
+            "soon as it runs: remove one of them",
+        )
 
 
 def _decider(value: list[Any], policy: Policy, complain: _Complaints) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 _LINKS_MAX = 40  # as the kernel's own limit (path_resolution(7))
@@ -45,15 +46,34 @@ def check_executable(path: Path, root: Path = Path("/")) -> None:
     will run it, such as /proc/PID/root: what it is called there, and where absolute links lead.
     Errors as with open_trusted().
     """
+    for _ in _programs(path, root):
+        pass
+
+
+def program(path: Path, root: Path = Path("/")) -> str:
+    """Name the files that would be executed now: another name, another program.
+
+    Errors as with check_executable().
+    """
+    return " ".join(
+        f"{found.st_dev}:{found.st_ino}:{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
+        for found in _programs(path, root)
+    )
+
+
+def _programs(path: Path, root: Path) -> Iterator[os.stat_result]:
+    """Judge a program, and the interpreters that it names."""
     name = str(path)
     for _ in range(_INTERPRETERS_MAX):
         descriptor, real = _open(name, root)
         try:
-            if not os.fstat(descriptor).st_mode & 0o111:
+            status = os.fstat(descriptor)
+            if not status.st_mode & 0o111:
                 raise TrustError(real, "is not executable", f"chmod +x {real}")
             head = os.read(descriptor, 256)
         finally:
             os.close(descriptor)
+        yield status
         if head.startswith(b"\x7fELF"):
             return
         words = head[2:].split(b"\n")[0].split()

@@ -56,6 +56,7 @@ class UnitStarter:
         self._bus = Bus(self._signalled, patience)
         self._jobs: dict[str, asyncio.Future[str]] = {}
         self._pids: dict[int, Path] = {}
+        self._tidying: set[asyncio.Task[None]] = set()
         self._reading = asyncio.Semaphore(4)  # the journal, when many servers fail at once
         for home in homes.values():
             if (remembered := _remembered(home)) and remembered[1]:
@@ -87,7 +88,9 @@ class UnitStarter:
             properties = transient.service(
                 job, identity, environment, stdin, self._patience.start_s
             )
-            name, path = await self._start_transient(tag, home, job.name, properties)
+            # Never the name of the server beside it: who ends one unit would end both.
+            name = f"{job.name}-standby-{tag}" if job.spare else job.name
+            name, path = await self._start_transient(tag, home, name, properties)
         finally:
             os.close(stdin)
         return await self._started(home, name, path)
@@ -159,6 +162,19 @@ class UnitStarter:
         with contextlib.suppress(OSError):
             await self.connect()
             await self._clear(remembered[0])
+
+    def discard(self, home: Path) -> None:
+        """Let systemd forget, some time, the unit of a home that is about to be removed."""
+        remembered = _remembered(home)
+        if remembered is not None and not remembered[2]:
+            task = asyncio.get_running_loop().create_task(self._discard(remembered[0]))
+            self._tidying.add(task)
+            task.add_done_callback(self._tidying.discard)
+
+    async def _discard(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            await self.connect()
+            await self._clear(name)
 
     def close(self) -> None:
         """Hang up; the units live on."""

@@ -125,7 +125,8 @@ def settle(record: Record, now: float, policy: Policy) -> Step:
         return enter(record, Phase.BACKOFF, now, wake=now + policy.hook_pause_s), ()
     if record.reason in PERMANENT or len(record.failures) >= policy.attempts_max:
         return exhausted(record, now, policy)
-    if record.reason is Reason.SHARED_SERVER:  # that has ended: now, with the other devices
+    # That has ended: now, with the other devices; or nothing was wrong but with a standby.
+    if record.reason in (Reason.SHARED_SERVER, Reason.STANDBY_LOST):
         return enter(record, Phase.BACKOFF, now, wake=now), ()
     longest_s = policy.backoff_base_s * 2 ** min(len(record.failures) - 1, 32)
     backoff_s = min(policy.backoff_max_s, longest_s) * policy.chance
