@@ -91,7 +91,7 @@ LAYERS: dict[str, set[str]] = {
     "config": {"model", "rules", "settings", "tables", "trust"},
     "profiles": {"care", "model", "traits"},
     "kept": set(),
-    "admin": {"wire"},
+    "admin": {"wire", "settings"},
     "client": {"wire"},
     "usage": set(),
     "scratch": set(),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import grp
 import logging
 import os
 import socket
@@ -21,6 +22,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ublkwatch.settings import ConfigError
 from ublkwatch.wire import MESSAGE_MAX, NAME, Answer, Change, Deed, RequestError, Wish, parse
 
 _CLIENTS_MAX = 16
@@ -197,3 +199,13 @@ def _peer(writer: asyncio.StreamWriter) -> Peer:
     with contextlib.suppress(OSError):
         exe = Path(f"/proc/{pid}/exe").readlink().name
     return Peer(uid, pid, exe, frozenset(groups))
+
+
+def group(name: str) -> int | None:
+    """Return the number of the group that may give orders; ConfigError where there is none."""
+    try:
+        return grp.getgrnam(name).gr_gid if name else None
+    except KeyError:
+        raise ConfigError(
+            f"admin_group: there is no group {name!r} on this machine; create it, or leave it out"
+        ) from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import grp
 import logging
 import os
 import random
@@ -54,7 +53,6 @@ from ublkwatch.notify import Manager
 from ublkwatch.perform import Edges, Threads
 from ublkwatch.probes import Probes
 from ublkwatch.rules import Unmanaged
-from ublkwatch.settings import ConfigError
 from ublkwatch.siting import Siting
 from ublkwatch.standby import Terms
 from ublkwatch.stopping import Stopper
@@ -203,7 +201,7 @@ class Daemon:
         self._desk = Desk(
             self._monitor, self._library, self._load, stopper, self._remember, self._metrics
         )
-        group = _group(settings.admin_group)
+        group = admin.group(settings.admin_group)
         self._store.show_records_to(group)
         door = admin.Admin(settings.runtime_dir, self._desk.take, group=group)
         try:
@@ -384,16 +382,6 @@ def _started_at(process: ServerId) -> float:
     """Return the wall time at which a process of this boot was started."""
     booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     return round(booted + process.start_ticks / _TICKS, 2)
-
-
-def _group(name: str) -> int | None:
-    """Return the number of the group that may give orders; ConfigError where there is none."""
-    try:
-        return grp.getgrnam(name).gr_gid if name else None
-    except KeyError:
-        raise ConfigError(
-            f"admin_group: there is no group {name!r} on this machine; create it, or leave it out"
-        ) from None
 
 
 async def _prepare(workers: Workers) -> None:
