@@ -17,7 +17,7 @@ help:
 	@echo 'make image  a container image, an OCI archive in build; as root, with buildah and mmdebstrap'
 	@echo 'make manifests  what is for Kubernetes against the schemas of its versions; needs kubectl and npm'
 	@echo 'make bench  how fast ublkwatch recovers, beside oracles and what people do; hours, where emulated'
-	@echo 'make bench-smoke  the same in a minute: does it work, and is nothing far out of line?'
+	@echo 'make bench-smoke  the same in short: does it work, and is nothing far out of line?'
 
 demo: setup
 	@$(LAB) --timeout 170 -- $(PYTHON) -m ublkwatch.demo
