@@ -44,6 +44,8 @@ class Host:
     says_ready: bool = True
     version: str = "1"
     look_s: float = 0.0
+    asked: int = 0  # for records
+    _states: list[object] = field(default_factory=list)
 
     def begin(self) -> Standbys:
         """Begin a life of ublkwatch."""
@@ -124,7 +126,16 @@ class Host:
         self.watched.append(server)
 
     def records(self) -> list[Record]:
+        self.asked += 1
         return self.devices
+
+    @property
+    def changes(self) -> int:
+        """Count as the monitor does: the records and rules that there were."""
+        now = (list(self.devices), dict(self.cares))
+        if not self._states or self._states[-1] != now:
+            self._states.append(now)
+        return len(self._states)
 
     def all_records(self) -> list[Record]:
         return [*self.devices, *self.unmet]
@@ -148,6 +159,21 @@ def states(host: Host) -> dict[str, int]:
 
 
 # --- who has one ---------------------------------------------------------------------------------
+
+
+def test_where_nobody_wants_one_a_poll_asks_for_nothing_until_something_changes() -> None:
+    async def story() -> None:
+        host = Host(cares={0: replace(CARE, standby=False)})
+        host.begin()
+        await host.polls()
+        asked = host.asked
+        await host.polls()
+        assert host.asked == asked
+        host.cares[0] = CARE
+        await host.polls()
+        assert states(host) == {"waiting": 1}
+
+    play(story)
 
 
 def test_one_is_started_for_a_device_at_rest_and_taken_once() -> None:

@@ -33,6 +33,8 @@ _LONG_S = 60.0  # who has waited so long was no failure
 class Caller(Asked, Protocol):
     """monitor.Monitor, as far as standbys ask it."""
 
+    @property
+    def changes(self) -> int: ...
     def all_records(self) -> list[Record]: ...
 
 
@@ -73,6 +75,7 @@ class Standbys:
         self._tasks: set[asyncio.Task[None]] = set()
         self._number = 0
         self.begun = 0  # how many were started
+        self._nobody = -1  # the monitor's changes, when nobody wanted one
         taken = {launcher.root(tag_of(record)) for record in monitor.all_records()}
         for kept in terms.former:
             self._adopt(kept, taken=kept.tag in taken)
@@ -173,7 +176,12 @@ class Standbys:
 
     def look(self) -> None:
         """See what is to be done, and begin it; the poll calls this."""
-        wishes, monitor = self._wishes.all(), self._monitor
+        monitor = self._monitor
+        changes = monitor.changes
+        if changes == self._nobody and not self._spares:
+            return  # where nobody wants any, a poll costs nothing
+        wishes = self._wishes.all()
+        self._nobody = -1 if self._wishes.anyone() else changes
         # Who was not met yet, in this life of ours, may want it.
         met = len(monitor.all_records()) == len(monitor.records())
         for spare in self._spares.values():

@@ -61,6 +61,11 @@ class Wishes:
                 found[wish.job.name] = replace(first, now=first.now and wish.now)
         return found
 
+    def anyone(self) -> bool:
+        """Tell whether any device may come to want one without a change of records or rules."""
+        cares = (self._monitor.care(record.dev_id) for record in self._monitor.records())
+        return any(care is not None and care.standby for care in cares)
+
     def _of(self, record: Record) -> Wish | None:
         care, spec = self._monitor.care(record.dev_id), self._specs.get(record.dev_id)
         if care is None or not care.standby or spec is None or spec.instance != record.instance:
