@@ -34,7 +34,7 @@ def _kernel(*names: str) -> tuple[str, ...]:
 
 
 # What a version of the driver may do differently: on both kernels in each run.
-_DRIVER = _kernel("driver_conformance", "handoffs", "misbehaviour", "modes", "watch")
+_DRIVER = _kernel("driver_conformance", "handoffs", "misbehaviour", "modes")
 # What takes long as well, and what is about ublkwatch alone: an ordinary run tries it on one.
 _LONG = _kernel("own_death", "interference", "kublk", "hung", "standby")
 _OURS = _kernel(
