@@ -36,6 +36,7 @@ SECONDS = 60.0
 SETTLE_S = 140.0
 _DEADLINE_S = 1800.0  # for what takes so long for each device, on an emulated machine
 _POLL_S = 0.5
+_DETACH_S = 60.0  # strace, from every thread
 
 
 def measure(
@@ -144,9 +145,13 @@ def _traced(pid: int, seconds: float) -> dict[str, int]:
     """Return how often it makes which system call, in so much time."""
     command = ["strace", "-c", "-f", "-q", "-U", "calls,name", "-p", str(pid)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as tracer:
-        time.sleep(seconds)
+        time.sleep(seconds)  # what is measured
         tracer.send_signal(signal.SIGINT)
-        _, told = tracer.communicate()
+        try:
+            _, told = tracer.communicate(timeout=_DETACH_S)
+        except subprocess.TimeoutExpired as error:
+            tracer.kill()
+            raise BenchError(f"strace did not leave process {pid} alone") from error
     rows = re.findall(r"^\s*(\d+)\s+(\w+)$", told, re.MULTILINE)
     return {name: int(calls) for calls, name in rows if name != "total"}
 
