@@ -39,6 +39,7 @@ from ublkwatch.model import (
     Attach,
     Generation,
     Handoff,
+    Loss,
     Order,
     Phase,
     Reason,
@@ -182,6 +183,43 @@ def test_a_front_end_that_leaves_in_probation_leaves_its_daemon(starts: Story) -
     starts.sleep()
     starts.tell(starts.read(DevState.LIVE, FAR))
     assert (starts.record.phase, starts.record.server) == (Phase.WATCHING, FAR)
+
+
+@pytest.fixture
+def lingering(starts: Story) -> Story:
+    """A front end that is still there when the device is LIVE; G2 takes END for it."""
+    attached(starts).tell(EndReplied(1, 0))
+    starts.sleep()
+    starts.tell(starts.read(DevState.LIVE, NEW))
+    assert (starts.record.phase, starts.record.server) == (Phase.WATCHING, NEW)
+    assert starts.tell(ServerExited(NEW, "exit status 0", 0)) == [FindServer(1)]
+    return starts
+
+
+def test_a_front_end_that_leaves_later_leaves_its_daemon(lingering: Story) -> None:
+    assert lingering.tell(lingering.read(DevState.LIVE)) == []
+    assert lingering.tell(ServerFound(1, FAR)) == [Watch(FAR), ReadInfo()]
+    assert (lingering.record.phase, lingering.record.server) == (Phase.WATCHING, FAR)
+    lingering.tell(ServerExited(FAR, "SIGKILL", -9))
+    assert lingering.record.loss == Loss(FAR, "SIGKILL")
+
+
+def test_who_leaves_nobody_later_is_lost(lingering: Story) -> None:
+    assert lingering.tell(ServerFound(1, None)) == [ReadInfo()]
+    assert lingering.is_in(Phase.DRAINING)
+    assert (lingering.record.detected_by, lingering.record.loss) == (
+        "pidfd",
+        Loss(NEW, "exit status 0"),
+    )
+
+
+def test_what_the_kernel_says_is_not_waited_behind(lingering: Story) -> None:
+    lingering.tell(lingering.read(DevState.QUIESCED), lingering.read(DevState.QUIESCED))
+    assert (lingering.record.phase, lingering.record.detected_by) == (Phase.DRAINING, "poll")
+
+
+def test_the_look_for_a_daemon_goes_on_after_our_restart(lingering: Story) -> None:
+    assert lingering.tell(Resumed(None)) == [FindServer(1), ReadInfo()]
 
 
 def test_a_front_end_that_leaves_nobody_died_in_probation(starts: Story) -> None:

@@ -291,10 +291,18 @@ def _left_another(how: str, code: int | None) -> bool:
     return code == 0 or how == "unknown"  # unknown: the child of our former life
 
 
+def left_another(event: ServerExited, policy: Policy) -> bool:
+    """Tell whether a server that served may have been the parent of the one that serves.
+
+    It may linger: G2 takes END for a process that serves nothing.
+    """
+    managed = policy.handoff is Handoff.MANAGED
+    return managed and not pace.starts_early(policy) and _left_another(event.how, event.code)
+
+
 def died_in_probation(record: Record, event: ServerExited, now: float, policy: Policy) -> Step:
     """Take the end of the server under which the device had just become LIVE."""
-    managed = policy.handoff is Handoff.MANAGED
-    if _left_another(event.how, event.code) and managed and not pace.starts_early(policy):
+    if left_another(event, policy):
         return replace(record, detail=event.how), (FindServer(record.seq),)
     reason = Reason.DIED_IN_PROBATION
     if event.code in policy.permanent_exits:

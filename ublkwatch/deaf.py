@@ -48,7 +48,7 @@ _AT_REST: frozenset[type[Event]] = frozenset(
 
 DEAF: dict[Phase, frozenset[type[Event]]] = {
     Phase.OBSERVED: _AT_REST,
-    Phase.WATCHING: _AT_REST - {ServerAils, ServerWell},
+    Phase.WATCHING: _AT_REST - {ServerAils, ServerFound, ServerWell},
     Phase.GRACE: _AT_REST - {ShutdownBegun},
     Phase.HELD: _AT_REST,
     Phase.DRAINING: frozenset(

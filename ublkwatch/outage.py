@@ -223,6 +223,13 @@ def lost(record: Record, now: float, policy: Policy, by: str, how: str = UNKNOWN
     return orders.begin(record, now, policy)
 
 
+def server_found(record: Record, server: ServerId | None, now: float, policy: Policy) -> Step:
+    """Take it who serves now that the process which we took for the server has ended."""
+    if server is None:
+        return lost(record, now, policy, "pidfd", record.detail)
+    return replace(record, server=server, detail=""), (Watch(server), ReadInfo())
+
+
 def _recovered(record: Record, now: float) -> Record:
     marks = dict(record.marks)
     return verdict.enter(

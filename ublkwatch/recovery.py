@@ -53,6 +53,7 @@ from ublkwatch.events import (
     Effect,
     EndReplied,
     Event,
+    FindServer,
     HoldersFound,
     InfoMissing,
     InfoRead,
@@ -191,6 +192,8 @@ def _on_reply(record: Record, event: Event, now: float, policy: Policy) -> Step:
             return _began_late(record, event, now)
         case Ready() if draining:
             return attempt.try_start(replace(record, ready=True), now, policy)
+        case ServerFound() if record.phase is Phase.WATCHING and record.server is None:
+            return outage.server_found(record, event.server, now, policy)
         case ServerFound():
             return attempt.server_found(record, event.server, now, policy)
         case HoldersFound() if record.phase in (Phase.DRAINING, Phase.STARTING):
@@ -290,6 +293,8 @@ def _on_exit(record: Record, event: ServerExited, now: float, policy: Policy) ->
     if record.loss == Loss(event.server):  # it had let go of the device before it ended
         record = replace(record, loss=Loss(event.server, event.how))
     match record.phase:
+        case Phase.WATCHING if record.seq and attempt.left_another(event, policy):
+            return replace(record, detail=event.how), (FindServer(record.seq),)
         case Phase.WATCHING:
             return outage.lost(record, now, policy, "pidfd", event.how)
         case Phase.PROBATION:

@@ -94,6 +94,8 @@ def _go_on(  # noqa: C901, PLR0912 - one arm for each phase
         case Phase.WATCHING | Phase.PROBATION if record.ill and _lasts(record.ill):
             record, effects = ailing.treat(record, now, policy)
             return record, (*effects, ReadInfo())
+        case Phase.WATCHING if not record.server:  # who serves was being looked for
+            return record, (FindServer(record.seq), ReadInfo())
         case Phase.PROBATION if not record.server:  # who serves was being looked for
             wake = now + policy.probation_s
             return replace(record, wake=wake), (FindServer(record.seq), ReadInfo())
