@@ -224,7 +224,11 @@ def lost(record: Record, now: float, policy: Policy, by: str, how: str = UNKNOWN
 
 
 def server_found(record: Record, server: ServerId | None, now: float, policy: Policy) -> Step:
-    """Take it who serves now that the process which we took for the server has ended."""
+    """Take it who serves: an attempt's device, or one whose server has ended well."""
+    if record.phase is not Phase.WATCHING:
+        return attempt.server_found(record, server, now, policy)
+    if record.server is not None:
+        return record, ()
     if server is None:
         return lost(record, now, policy, "pidfd", record.detail)
     return replace(record, server=server, detail=""), (Watch(server), ReadInfo())

@@ -192,10 +192,8 @@ def _on_reply(record: Record, event: Event, now: float, policy: Policy) -> Step:
             return _began_late(record, event, now)
         case Ready() if draining:
             return attempt.try_start(replace(record, ready=True), now, policy)
-        case ServerFound() if record.phase is Phase.WATCHING and record.server is None:
-            return outage.server_found(record, event.server, now, policy)
         case ServerFound():
-            return attempt.server_found(record, event.server, now, policy)
+            return outage.server_found(record, event.server, now, policy)
         case HoldersFound() if record.phase in (Phase.DRAINING, Phase.STARTING):
             return pace.holders_found(record, event, now, policy), ()
         case AttemptShared():
