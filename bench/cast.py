@@ -187,6 +187,14 @@ class Supervisor:
 
         return await wait_for(settled, f"ublk {dev_id} to be watched", self.said)
 
+    async def spared(self, dev_id: int) -> None:
+        """Wait until a standby waits for its line."""
+
+        def waits() -> bool:
+            return (self.device(dev_id) or {}).get("standby") == "waiting"
+
+        await wait_for(waits, f"a standby of ublk {dev_id}", self.said)
+
     async def learnt(self, dev_ids: Iterable[int]) -> None:
         """Wait until it watches the devices and has kept all that a recovery needs."""
         for dev_id in dev_ids:

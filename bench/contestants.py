@@ -28,26 +28,30 @@ class Ublkwatch(Plain):
     everywhere = True
 
     def __init__(
-        self, stage: Stage, lot: Lot, *, launcher: str = "fork", **keys: str | int
+        self, stage: Stage, lot: Lot, *, launcher: str = "fork", standby: bool = False
     ) -> None:
-        """``keys`` are more of the device's table."""
         super().__init__(stage, lot)
         rule: dict[str, object] = {"command": lot.command, "handoff": lot.kind.handoff}
         if lot.kind.group:
             rule["group"] = "bench"
-        self._launcher = launcher
+        if standby:
+            rule |= {"standby": True, "stable_s": 1}
+        self._launcher, self._standby = launcher, standby
         # Forked as the oracles' servers are, and by no other rule than this one.
         top = {"launcher": launcher, "profiles": False}
-        self._daemon = Supervisor(lot.home, lot.dev_ids, {**rule, **keys}, top)
+        self._daemon = Supervisor(lot.home, lot.dev_ids, rule, top)
         self._before: dict[int, dict[str, Any]] = {}
 
     def unfit(self) -> str:
+        if self._standby and self.lot.kind.handoff == "delegated":
+            return "no standby, which waits for a line"
         return no_systemd() if self._launcher == "systemd" else ""
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         with self._daemon.running():
             await self._daemon.learnt(self.lot.dev_ids)
+            await self._prepared()
             yield
 
     def pids(self) -> list[int]:
@@ -65,7 +69,13 @@ class Ublkwatch(Plain):
             lost = after["detected_at"] - (time.time() - time.monotonic())
             marks = {_MARKS[name]: lost + s for name, s in after["timeline"] if name in _MARKS}
             told[dev_id] = {**marks, "attempts": after["attempts"]}
+        await self._prepared()
         return told
+
+    async def _prepared(self) -> None:
+        """Wait until the next servers are up, where there shall be any."""
+        for dev_id in self.lot.dev_ids if self._standby else ():
+            await self._daemon.spared(dev_id)
 
     def said(self) -> str:
         return self._daemon.said()
@@ -137,9 +147,10 @@ def _oracle_c(stage: Stage, lot: Lot) -> Contestant:
     return Oracle(stage, lot, (str(stage.programs / "oracle"),))
 
 
-# ublkwatch, otherwise configured; by its tables: partial(Ublkwatch, standby=True). A host has one
-# ublkwatch at a time, so each of these has a contest of its own, beside the oracle.
+# ublkwatch, otherwise configured. A host has one ublkwatch at a time, so each of these has a
+# contest of its own, beside the oracle.
 FLAVOURS: dict[str, Callable[[Stage, Lot], Contestant]] = {
+    "ublkwatch-standby": partial(Ublkwatch, standby=True),
     "ublkwatch-units": partial(Ublkwatch, launcher="systemd"),
 }
 # In the order in which the tables have them.

@@ -18,6 +18,7 @@ from bench.witness import Witness
 
 WARM_UP = 1
 TITLE = "Recovery of one device"
+STANDBY_AIM = 1.5
 Sample = dict[str, float]
 # What the tables have: (key, head). Moments, in the order in which they come in a recovery.
 STEPS = (
@@ -141,9 +142,20 @@ def _cell(cell: Mapping[str, Any]) -> str:
     parts = [f"#### {_title(cell)}", "\n".join(rows)]
     again = {n: sum(s["attempts"] > 1 for s in each) for n, each in cell["samples"].items()}
     parts += [f"More than one attempt: {n}, {count} times." for n, count in again.items() if count]
+    parts += _standby(cell["samples"].get("ublkwatch-standby", []))
     if cell["missing"]:
         parts.append("; ".join(f"{n}: {why}" for n, why in cell["missing"].items()) + ".")
     return "\n\n".join(parts)
+
+
+def _standby(samples: list[Sample]) -> list[str]:
+    """Return what became of the aim for standbys: with one, a recovery costs attach time only."""
+    accepted, live = (_values(samples, key) for key in ("accepted", "live"))
+    if not accepted or not live:
+        return []
+    found = stats.ratio_of_medians(live, accepted)
+    verdict = "within" if found <= STANDBY_AIM else "**above**"
+    return [f"Kill to LIVE takes {found:.2f} x kill to START, {verdict} the aim of {STANDBY_AIM}."]
 
 
 def _row(name: str, samples: list[Sample], oracle: list[Sample] | None) -> str:

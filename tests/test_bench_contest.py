@@ -120,12 +120,13 @@ def test_commands_are_the_reference_servers_own() -> None:
 
 @pytest.mark.parametrize("kind", [Kind(), Kind("delegated", "loop", 16), Kind(group=True)])
 def test_ublkwatch_understands_what_it_is_told(tmp_path: Path, kind: Kind) -> None:
-    Ublkwatch(STAGE, lot(tmp_path, kind, 5, 6), priority=7)
+    standby = kind.handoff == "managed"
+    Ublkwatch(STAGE, lot(tmp_path, kind, 5, 6), standby=standby)
     config = parse((tmp_path / "ublkwatch.toml").read_bytes(), "bench")
     cares = [each.care for each in config.rules]
     assert [each.policy.handoff.value for each in cares] == [kind.handoff] * 2
     assert [each.group for each in cares] == ["bench" if kind.group else ""] * 2
-    assert [each.priority for each in cares] == [7, 7]
+    assert [each.standby for each in cares] == [standby] * 2
     assert not config.profiles  # or it would care for the others' devices
 
 
@@ -137,6 +138,8 @@ def test_everybody_takes_part_or_says_why_not(tmp_path: Path, name: str, handoff
     recover_only = name in ("shell-loop", "unit", "fixed-sleeps")
     if handoff == "managed" and recover_only:
         assert reason == "it has a recover command only"
+    elif handoff == "delegated" and name == "ublkwatch-standby":
+        assert reason == "no standby, which waits for a line"
     elif name in ("unit", "ublkwatch-units"):
         assert reason == no_systemd()
     else:

@@ -70,6 +70,17 @@ def test_recovery_has_a_row_for_each_contestant_and_says_who_is_missing() -> Non
     assert recovery.ratio(of_recovery()) == pytest.approx(1.1)
 
 
+@pytest.mark.parametrize(
+    ("live", "verdict"),
+    [(0.3, "1.50 x kill to START, within"), (0.4, "2.00 x kill to START, **above**")],
+)
+def test_a_standby_is_held_against_its_aim(live: float, verdict: str) -> None:
+    result = of_recovery()
+    assert "kill to START," not in recovery.markdown(result)
+    result["cells"][0]["samples"]["ublkwatch-standby"] = [killed(live, accepted=0.2)] * 2
+    assert f"Kill to LIVE takes {verdict} the aim of 1.5." in recovery.markdown(result)
+
+
 def test_a_step_that_some_kills_lack_is_told_of_none() -> None:
     result = of_recovery()
     del result["cells"][0]["samples"]["ublkwatch"][1]["detected"]
