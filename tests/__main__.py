@@ -1,6 +1,7 @@
 """``python -m tests [lint|full]``: what `make test` runs, and one closing line with the counts.
 
-Lint and types, then the tests of this machine beside tests/kernel in guests of both kernels.
+Lint and types, then the tests of this machine beside tests/kernel in guests of both kernels, and a
+short run of the benchmark.
 Status 1 if any failed, or was skipped: what this project's tests need, its set-up installs.
 """
 
@@ -25,6 +26,8 @@ LINTS = {
     "mypy": ["-m", "mypy", "ublkwatch", "lab", "bench", *map(str, sorted(TOP.glob("tests/*.py")))],
     "mypy tests/kernel": ["-m", "mypy", "tests/kernel"],
 }
+# What `make bench-smoke` runs: it fails on a ratio far out of line, which others beside it are not.
+SMOKE = ("bench: smoke", ["-m", "bench", "--smoke"])
 KERNEL_TESTS_S = 4500
 OPTIONS = ("-q", "--tb=short", "--durations=5", "--durations-min=30")
 
@@ -102,13 +105,17 @@ class Count:
         print(done.stdout.decode(errors="replace") + end, flush=True)
         return done.returncode == 0
 
+    def check(self, name: str, arguments: list[str]) -> None:
+        """Run what is good or not, as a whole."""
+        good = self.run(name, [PYTHON, *arguments])
+        with self._lock:
+            self.passed += good
+            self.failed += not good
+            self.failures += [] if good else [name]
+
     def lint(self) -> None:
         for name, arguments in LINTS.items():
-            if self.run(name, [PYTHON, *arguments]):
-                self.passed += 1
-            else:
-                self.failed += 1
-                self.failures.append(name)
+            self.check(name, arguments)
 
     def guest(self, number: int, guest: Guest, results: Path) -> None:
         """Run the tests of one guest."""
@@ -168,6 +175,7 @@ def main() -> int:
                     pool.submit(count.guest, number, guest, results)
                     for number, guest in enumerate(guests, 1)
                 ]
+                runs.append(pool.submit(count.check, *SMOKE))
                 for run in runs:
                     run.result()
     for failure in count.failures:  # what is far up by now
