@@ -55,7 +55,7 @@ def test_arguments_output_and_status_pass_unharmed() -> None:
     assert done.returncode == 7
 
 
-@pytest.mark.boots
+@pytest.mark.full
 def test_much_output_arrives_whole_even_from_what_the_command_left_behind() -> None:
     script = "seq 1 300000; seq 1 50000 >&2; sleep 1000 & exit 0"
     done = lab("run", "--", "/bin/sh", "-c", script)
@@ -76,7 +76,7 @@ def test_every_kernel_has_the_driver_and_the_asked_cpus(kernel: str) -> None:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("kernel", [pytest.param("lts", marks=pytest.mark.boots), "new"])
+@pytest.mark.parametrize("kernel", [pytest.param("lts", marks=pytest.mark.full), "new"])
 def test_systemd_can_be_process_1_and_the_command_is_its_service(kernel: str) -> None:
     script = (
         "cat /proc/1/comm; cat /proc/self/cgroup; stat -f -c %T /sys/fs/cgroup; hostname;"
@@ -99,7 +99,7 @@ def test_systemd_can_be_process_1_and_the_command_is_its_service(kernel: str) ->
     assert done.returncode == 7
 
 
-@pytest.mark.boots
+@pytest.mark.full
 def test_a_command_under_systemd_that_takes_too_long_is_killed() -> None:
     script = "echo up; sleep 1000"
     done = lab("run", "--init", "systemd", "--timeout", "30", "--", "/bin/sh", "-c", script)
@@ -108,7 +108,7 @@ def test_a_command_under_systemd_that_takes_too_long_is_killed() -> None:
     assert b"still running after 30 s" in done.stderr
 
 
-@pytest.mark.boots
+@pytest.mark.full
 def test_a_guest_may_be_shut_down_as_a_machine_is(tmp_path: Path) -> None:
     """What its units do then is done, and the command's status is the lab's."""
     keep = f"ExecStop=/bin/sh -c 'echo stopped >{tmp_path}/kept'"
@@ -120,7 +120,7 @@ def test_a_guest_may_be_shut_down_as_a_machine_is(tmp_path: Path) -> None:
     assert (tmp_path / "kept").read_text() == "stopped\n"
 
 
-@pytest.mark.boots
+@pytest.mark.full
 def test_a_guest_that_dies_while_it_is_shut_down_is_no_success() -> None:
     crash = "ExecStop=/bin/sh -c 'echo c >/proc/sysrq-trigger'"
     script = f'systemd-run -q -p RemainAfterExit=yes -p "{crash}" true'
@@ -129,7 +129,7 @@ def test_a_guest_that_dies_while_it_is_shut_down_is_no_success() -> None:
     assert b"the guest was to shut down, and died in it" in done.stderr
 
 
-@pytest.mark.boots
+@pytest.mark.full
 def test_the_root_may_be_another_one(tmp_path: Path) -> None:
     (tmp_path / "usr/bin").mkdir(parents=True)
     shutil.copy(cache_directory() / "busybox", tmp_path / "usr/bin/env")
@@ -139,7 +139,7 @@ def test_the_root_may_be_another_one(tmp_path: Path) -> None:
     assert done.stdout == b"another root\n", done.stderr.decode()
 
 
-@pytest.mark.boots
+@pytest.mark.full
 def test_a_guest_may_have_a_disk(tmp_path: Path) -> None:
     image = tmp_path / "a disk, with a comma"
     image.write_bytes(b"before".ljust(1 << 20, b"\0"))
@@ -174,7 +174,7 @@ def test_a_guest_writes_what_it_was_given_and_nothing_else(tmp_path: Path) -> No
     assert not Path("/lab-leak").exists()
 
 
-@pytest.mark.boots
+@pytest.mark.full
 def test_the_guest_keeps_bytecode_whatever_the_caller_does() -> None:
     script = "echo ${PYTHONDONTWRITEBYTECODE-unset} ${KEPT-unset}"
     environment = {"PYTHONDONTWRITEBYTECODE": "1", "KEPT": "kept"}
@@ -182,7 +182,7 @@ def test_the_guest_keeps_bytecode_whatever_the_caller_does() -> None:
     assert done.stdout.split() == [b"unset", b"kept"], done.stderr.decode()
 
 
-@pytest.mark.boots
+@pytest.mark.full
 def test_a_command_that_takes_too_long_is_killed() -> None:
     done = lab("run", "--timeout", "15.5", "--", "/bin/sh", "-c", "echo up; sleep 1000")
     assert done.returncode == 124
@@ -201,14 +201,14 @@ def test_a_panic_under_the_command_is_told_and_not_retried(tmp_path: Path) -> No
     assert b"Kernel panic" in console.read_bytes()
 
 
-@pytest.mark.boots
+@pytest.mark.full
 def test_a_guest_that_never_starts_the_command_is_booted_three_times() -> None:
     done = lab("run", "--memory", "none", "--", "/bin/true")
     assert done.returncode == 125
     assert done.stderr.count(b"lab: booting") == 3
 
 
-@pytest.mark.boots
+@pytest.mark.full
 def test_qemu_does_not_outlive_the_script() -> None:
     command = [sys.executable, str(LAB), "run", "--", "/bin/sh", "-c", "echo up; sleep 1000"]
     script = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -244,7 +244,7 @@ def test_headers_are_where_the_verb_says_and_only_setup_fetches_them(tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.boots
+@pytest.mark.full
 def test_kublk_is_where_the_verb_says_and_runs_here_and_in_a_guest() -> None:
     program = lab("kublk").stdout.decode().strip()
     here = subprocess.run([program, "help"], capture_output=True, check=False)

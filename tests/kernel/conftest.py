@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("kernel")
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(TEST_S))
-    if not config.option.markexpr:  # they take every test behind them along, or minutes
+    if config.option.markexpr in ("", "not full"):  # they take all behind them along, or minutes
         marks = ("own_boot", "long")
         apart = [item for item in items if any(map(item.get_closest_marker, marks))]
         config.hook.pytest_deselected(items=apart)

@@ -25,7 +25,11 @@ DYING = (sys.executable, str(Path(__file__).with_name("dying.py")))
 
 
 @pytest.mark.usefixtures("no_block_errors")
-@pytest.mark.parametrize("point", POINTS)
+# Before one step there is what was behind the step before it.
+@pytest.mark.parametrize(
+    "point",
+    [pytest.param(it, marks=pytest.mark.full) if it.startswith("before") else it for it in POINTS],
+)
 def test_a_recovery_is_finished_by_the_next_ublkwatch(
     server: Servers, watch: Watch, fio: Load, tmp_path: Path, point: str
 ) -> None:
@@ -61,6 +65,7 @@ def test_what_comes_after_the_recovery_is_watched_as_ever(server: Servers, watch
         supervisor.recovered(supervisor.kill_server())
 
 
+@pytest.mark.full  # what it learns, a stall of all of us shows as well
 def test_a_supervisor_that_was_stopped_for_a_minute_does_nothing_wrong_afterwards(
     server: Servers, watch: Watch
 ) -> None:

@@ -66,6 +66,7 @@ def back_off(supervisor: Supervisor, server: Servers, control: Control) -> None:
     pytest.fail("no wait of twenty was long enough to look at")
 
 
+@pytest.mark.full
 def test_pages_of_the_real_thing_are_what_they_were(
     server: Servers,
     watch: Watch,

@@ -75,7 +75,7 @@ def written(pid: int) -> int:
     return int(line.split()[1])
 
 
-@pytest.mark.parametrize("count", [1, 12])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.full), 12])
 def test_a_poll_at_rest_is_one_submission_a_few_files_and_no_write(
     server: Servers, watch: Watch, attach: Path, tmp_path: Path, count: int
 ) -> None:

@@ -56,7 +56,7 @@ def test_reads_go_on_through_ten_kills_and_again_after_the_module_was_reloaded(
 
 
 @pytest.mark.usefixtures("no_block_errors")
-@pytest.mark.parametrize("target", ["loop", "ram"])
+@pytest.mark.parametrize("target", ["loop", pytest.param("ram", marks=pytest.mark.full)])
 def test_nothing_that_was_written_is_lost_or_spoilt_across_ten_kills(
     server: Servers, watch: Watch, fio: Load, target: str
 ) -> None:
