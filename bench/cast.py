@@ -48,6 +48,15 @@ async def wait_for(
     return found
 
 
+async def said_by(proc: asyncio.subprocess.Process, seconds: float = DEADLINE_S) -> bytes:
+    """Return the next line of a program; nothing where it ended, or is too late."""
+    assert proc.stdout is not None
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            return await proc.stdout.readline()
+    return b""
+
+
 # --- devices -------------------------------------------------------------------------------------
 
 

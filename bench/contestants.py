@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from bench import lot as lots
-from bench.cast import DEADLINE_S, BenchError, Supervisor
+from bench.cast import BenchError, Supervisor, said_by
 from bench.contestant import Contestant, Plain, Stage, Told
 from bench.lot import Lot
 from bench.usual import FixedSleeps, ShellLoop, Unit, no_systemd
@@ -119,12 +119,7 @@ class Oracle(Plain):
 
     async def over(self) -> Told:
         assert self._proc is not None
-        assert self._proc.stdout is not None
-        line = b""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DEADLINE_S):
-                line = await self._proc.stdout.readline()
-        if not line:
+        if not (line := await said_by(self._proc)):
             raise BenchError(f"no answer from the oracle; {self.said()}")
         answer = json.loads(line)
         killed = {"killed": answer["killed"]}

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.cast import DEADLINE_S, BenchError
+from bench.cast import DEADLINE_S, BenchError, said_by
 
 
 class Witness:
@@ -59,11 +59,6 @@ class Witness:
         self._proc.stdin.write(f"{command}\n".encode())
 
     async def _heard(self, what: str, seconds: float = DEADLINE_S) -> str:
-        assert self._proc.stdout is not None
-        line = b""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                line = await self._proc.stdout.readline()
-        if not line:
+        if not (line := await said_by(self._proc, seconds)):
             raise BenchError(f"the witness did not say {what!r}; it may have said why")
         return line.decode()
