@@ -1,8 +1,9 @@
 """``python -m bench``: boots each kernel once, measures in it, and writes the report.
 
 The results go to build/bench: for each kernel a JSON file with every sample, and performance.md,
-which is docs/performance.md with new tables and pictures; --publish puts it there. Status 1 when a
-measurement failed, or a ratio to the oracle is above ``--fail-above``.
+which is docs/performance.md with new tables and pictures; --publish puts it there. What took
+several runs is told together by --report, which measures nothing. Status 1 when a measurement
+failed, or a ratio to the oracle is above ``--fail-above``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import subprocess
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,10 @@ def main() -> int:
     arguments, options = parse()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
+    published = TOP / "docs" if arguments.publish else out
+    if arguments.report:
+        write(out, [json.loads(path.read_text()) for path in arguments.report], published)
+        return 0
     runs: list[dict[str, Any]] = []
     status = 0
     try:
@@ -52,10 +58,12 @@ def main() -> int:
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    here = {name: each.measure(options) for name, each in chosen(options, driver=False).items()}
+    here: dict[str, Any] = {}
+    for name, each in chosen(options, driver=False).items():
+        each.measure(options, partial(here.__setitem__, name))
     if here:
         (out / "here.json").write_text(json.dumps(here, indent=1) + "\n")
-    write(out, [*runs, here], TOP / "docs" if arguments.publish else out)
+    write(out, [*runs, here], published)
     worst = report.worst(runs)
     if arguments.fail_above is not None and worst is not None and worst > arguments.fail_above:
         print(f"bench: a ratio of {worst:.2f} is above {arguments.fail_above:g}", file=sys.stderr)
@@ -94,6 +102,8 @@ def parse() -> tuple[argparse.Namespace, Options]:
     add("--smoke", action="store_true", help="a short run on one kernel: does it work at all?")
     add("--fail-above", type=float, metavar="RATIO", help="status 1 when it is slower than that")
     add("--out", type=Path, help="where the results go")
+    add("--report", nargs="+", type=Path, metavar="JSON",
+        help="measure nothing, report what runs have written")  # fmt: skip
     add("--publish", action="store_true", help="write docs/performance.md and its pictures, too")
     given = parser.parse_args()
     options = SMOKE if given.smoke else Options()

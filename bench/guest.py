@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,19 @@ def main() -> int:
     options: Options = arguments.options
     run: dict[str, Any] = {"about": about(options)}
     status = 0
+
+    def keep(name: str, result: Any) -> None:
+        """Write down what was measured so far: what fails after hours has not lost them."""
+        run[name] = result
+        arguments.out.write_text(json.dumps(run) + "\n")
+
     for name, scenario in chosen(options, driver=True).items():
         try:
-            run[name] = scenario.measure(options)
+            scenario.measure(options, partial(keep, name))
         except BenchError as error:
             say(f"{name} FAILED: {error}")
             status = 1
-        run["about"]["load"].append(list(os.getloadavg()))
-        arguments.out.write_text(json.dumps(run) + "\n")  # what was measured so far is not lost
+        keep("about", run["about"] | {"load": [*run["about"]["load"], list(os.getloadavg())]})
     return status
 
 

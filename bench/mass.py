@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,11 +27,11 @@ _WHO = ("ublkwatch", ORACLE, "oracle-c")
 Sample = dict[str, float]
 
 
-def measure(options: Options) -> dict[str, Any]:
-    return asyncio.run(_measure(options))
+def measure(options: Options, keep: Callable[[dict[str, Any]], None]) -> None:
+    asyncio.run(_measure(options, keep))
 
 
-async def _measure(options: Options) -> dict[str, Any]:
+async def _measure(options: Options, keep: Callable[[dict[str, Any]], None]) -> None:
     rows: list[dict[str, Any]] = []
     who = [name for name in names(options) if name in _WHO]
     async with stage(options) as on:
@@ -39,17 +39,18 @@ async def _measure(options: Options) -> dict[str, Any]:
             kind = replace(KIND, group=shape == "group")
             for count in options.devices:
                 row: dict[str, Any] = {"shape": shape, "devices": count, "samples": {}}
-                rows.append(row)
                 needed = len(who) * SERVER_BYTES * (1 if kind.group else count)
                 if needed > (free := psutil.virtual_memory().available):
                     row["missing"] = f"takes {needed >> 20} MiB, and there are {free >> 20}"
-                    continue
-                async with (
-                    Witness.running(on.programs) as witness,
-                    Contest.running(on, who, kind, count) as contest,
-                ):
-                    row["samples"] = await _rounds(contest, witness, options.rounds, row)
-    return {"rounds": options.rounds, "warm_up": WARM_UP, "width": on.width, "rows": rows}
+                else:
+                    async with (
+                        Witness.running(on.programs) as witness,
+                        Contest.running(on, who, kind, count) as contest,
+                    ):
+                        row["samples"] = await _rounds(contest, witness, options.rounds, row)
+                rows.append(row)
+                head = {"rounds": options.rounds, "warm_up": WARM_UP, "width": on.width}
+                keep({**head, "rows": rows})
 
 
 async def _rounds(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -31,12 +31,12 @@ STEPS = (
 )
 
 
-def measure(options: Options) -> dict[str, Any]:
-    return asyncio.run(_measure(options))
+def measure(options: Options, keep: Callable[[dict[str, Any]], None]) -> None:
+    asyncio.run(_measure(options, keep))
 
 
-async def _measure(options: Options) -> dict[str, Any]:
-    cells = []
+async def _measure(options: Options, keep: Callable[[dict[str, Any]], None]) -> None:
+    cells: list[dict[str, Any]] = []
     async with stage(options) as on:
         with Trace.running() as trace:
             for kind, first in options.kinds():
@@ -50,7 +50,7 @@ async def _measure(options: Options) -> dict[str, Any]:
                         samples = await _kind(contest, witness, trace, options.kills, kind)
                     cell = {"kind": asdict(kind), "flavour": flavour, "samples": samples}
                     cells.append({**cell, "missing": contest.missing})
-    return {"kills": options.kills, "warm_up": WARM_UP, "cells": cells}
+                    keep({"kills": options.kills, "warm_up": WARM_UP, "cells": cells})
 
 
 async def _kind(
@@ -104,10 +104,11 @@ def ratio(result: Mapping[str, Any]) -> float | None:
 def markdown(result: Mapping[str, Any]) -> str:
     intro = (
         f"{result['kills']} kills of each contestant, in turn, after {result['warm_up']} that does "
-        "not count. Milliseconds since the kill, medians; p99 is nearest rank. *line*: the new "
-        "server opened /dev/ublkcN, which is what it does with its line. *I/O*: the read that "
-        "waited completed. *ratio*: kill to LIVE beside the Python oracle's, of medians, and the "
-        "median over neighbouring kills. *CPU*: of the supervisor itself, to LIVE."
+        "not count. Milliseconds since the kill, medians; p99 is nearest rank, of no less than "
+        f"{stats.P99_FROM} kills. *line*: the new server opened /dev/ublkcN, which is what it does "
+        "with its line. *I/O*: the read that waited completed. *ratio*: kill to LIVE beside the "
+        "Python oracle's, of medians, and the median over neighbouring kills. *CPU*: of the "
+        "supervisor itself, to LIVE."
     )
     return "\n\n".join([intro, *(_cell(cell) for cell in result["cells"])])
 
@@ -164,8 +165,8 @@ def _row(name: str, samples: list[Sample], oracle: list[Sample] | None) -> str:
         values = _milliseconds(samples, key)
         cells.append(f"{stats.figures(values)['median']:.1f}" if values else "-")
     live, io = (stats.figures(_milliseconds(samples, key)) for key in ("live", "io"))
-    cells += [f"**{live['median']:.1f}**", f"{live['p99']:.1f}"]
-    cells += [f"{live['min']:.1f}-{live['max']:.1f}", f"{io['median']:.1f}", f"{io['p99']:.1f}"]
+    cells += [f"**{live['median']:.1f}**", _p99(live)]
+    cells += [f"{live['min']:.1f}-{live['max']:.1f}", f"{io['median']:.1f}", _p99(io)]
     if oracle:
         ours, theirs = _values(samples, "live"), _values(oracle, "live")
         cells.append(f"{stats.ratio_of_medians(ours, theirs):.2f}")
@@ -175,6 +176,10 @@ def _row(name: str, samples: list[Sample], oracle: list[Sample] | None) -> str:
     cpu = stats.figures(_milliseconds(samples, "cpu"))["median"]
     cells.append(f"{cpu:.1f}" if cpu else "-")
     return f"| {' | '.join(cells)} |"
+
+
+def _p99(figures: stats.Figures) -> str:
+    return f"{figures['p99']:.1f}" if figures["samples"] >= stats.P99_FROM else "-"
 
 
 def _values(samples: list[Sample], key: str) -> list[float]:

@@ -9,6 +9,8 @@ from typing import Any
 from bench import mass, recovery, rest, scrape
 from bench.options import Options
 
+Keep = Callable[[Any], None]  # takes the result so far, which then cannot be lost
+
 
 def _no_plots(_result: Any) -> Mapping[str, str]:
     return {}
@@ -23,7 +25,8 @@ class Scenario:
     """Something that is measured, and how it is told."""
 
     title: str
-    measure: Callable[[Options], Any]  # what JSON can hold; BenchError if it failed
+    # Keeps what JSON can hold, as often as there is more of it; BenchError if it failed.
+    measure: Callable[[Options, Keep], None]
     markdown: Callable[[Any], str]
     plots: Callable[[Any], Mapping[str, str]] = _no_plots  # SVG, by the pictures' names
     ratio: Callable[[Any], float | None] = _no_ratio  # to the oracle; None: there is none
@@ -35,8 +38,10 @@ SCENARIOS: Mapping[str, Scenario] = {
         recovery.TITLE, recovery.measure, recovery.markdown, recovery.plots, recovery.ratio
     ),
     "mass": Scenario(mass.TITLE, mass.measure, mass.markdown, mass.plots, mass.ratio),
-    "rest": Scenario("At rest", lambda _: rest.measure(), rest.markdown),
-    "scrape": Scenario("A scrape", lambda _: scrape.measure(), scrape.markdown, driver=False),
+    "rest": Scenario("At rest", lambda _, keep: keep(rest.measure()), rest.markdown),
+    "scrape": Scenario(
+        "A scrape", lambda _, keep: keep(scrape.measure()), scrape.markdown, driver=False
+    ),
 }
 
 
