@@ -47,6 +47,7 @@ _OURS = _kernel(
 # In a guest that has nothing else servers are our children; where systemd is process 1, its units.
 _MANY = _kernel("many")
 _UNITS = ("tests/kernel/systemd",)
+_STANDBY = _kernel("standby")  # in _LONG as well
 _SERVICE = ("tests/kernel/systemd/test_service.py",)
 # What `make deb`, `make image` and the README's own lines come to; in guests where it takes one.
 _PACKAGE = ("tests/kernel/package",)
@@ -78,7 +79,7 @@ MORE_GUESTS: tuple[Guest, ...] = (
     ("lts", "busybox", _LONG),
     ("lts", "busybox", _all_but(_DRIVER, _LONG, _MANY)),
     ("lts", "systemd", (*_UNITS, *_MANY)),
-    ("new", "systemd", (*_SERVICE, *_MANY)),
+    ("new", "systemd", (*_SERVICE, *_MANY, *_STANDBY)),
     ("new", "systemd", _PACKAGE),
     ("new", "systemd", _IMAGE),
     ("new", "busybox", _MANY),
