@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench import mass, recovery, rest, scrape
+from bench import mass, recovery, rest, scrape, stand_in
 from bench.options import Options
 
 Keep = Callable[[Any], None]  # takes the result so far, which then cannot be lost
@@ -39,6 +39,9 @@ SCENARIOS: Mapping[str, Scenario] = {
     ),
     "mass": Scenario(mass.TITLE, mass.measure, mass.markdown, mass.plots, mass.ratio),
     "rest": Scenario("At rest", lambda _, keep: keep(rest.measure()), rest.markdown),
+    "stand-in": Scenario(
+        "Our own part", lambda _, keep: keep(stand_in.measure()), stand_in.markdown, driver=False
+    ),
     "scrape": Scenario(
         "A scrape", lambda _, keep: keep(scrape.measure()), scrape.markdown, driver=False
     ),

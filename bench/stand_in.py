@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -39,6 +39,8 @@ from ublkwatch.store import Store
 from ublkwatch.uapi import DevFlags, DevState, ublksrv_ctrl_dev_info
 
 DEVICES = (1, 64, 500)
+SECONDS = 60.0
+AIM, AT = 0.005, 500  # of a core
 _OP_READ = 22
 # By then it has asked the last time whether a server says which threads serve its queues.
 SETTLE_S = 140.0
@@ -180,16 +182,47 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def measure(
+    devices: Sequence[int] = DEVICES, seconds: float = SECONDS, settle_s: float = SETTLE_S
+) -> list[dict[str, Any]]:
+    """Return what it costs, for each number of devices."""
+    rows = []
+    for count in devices:
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as home:
+            rows.append(asyncio.run(World(Path(home), count).live(seconds, settle_s)))
+    return rows
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table, how it grows, and what became of the aim."""
+    parts = ["| devices | CPU, % | wakeups/s | RSS, MiB |", "|--:|--:|--:|--:|"]
+    for row in rows:
+        cells = (f"{row['cpu_share'] * 100:.3f}", f"{row['wakeups_per_s']:.1f}")
+        parts.append(
+            f"| {row['devices']} | {' | '.join(cells)} | {row['rss_bytes'] / (1 << 20):.1f} |"
+        )
+    for before, after in pairwise(rows):
+        each = (after["cpu_share"] - before["cpu_share"]) / (after["devices"] - before["devices"])
+        parts.append(
+            f"\nFrom {before['devices']} to {after['devices']} devices each one more costs "
+            f"{each * 1e6:.1f} µs of CPU a second."
+        )
+    for row in rows:
+        if row["devices"] == AT:
+            verdict = "within" if row["cpu_share"] <= AIM else "**above**"
+            parts.append(
+                f"\nAt {AT}: {row['cpu_share']:.2%} of a core, {verdict} the aim of {AIM:.1%}."
+            )
+    return "\n".join(parts) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.stand_in", description=__doc__)
     parser.add_argument("--devices", type=int, nargs="+", default=DEVICES)
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--settle", type=float, default=SETTLE_S)
     options = parser.parse_args()
-    for count in options.devices:
-        with tempfile.TemporaryDirectory(dir="/dev/shm") as home:
-            work = World(Path(home), count).live(options.seconds, options.settle)
-            print(json.dumps(asyncio.run(work)), flush=True)
+    print(markdown(measure(options.devices, options.seconds, options.settle)))
 
 
 if __name__ == "__main__":
