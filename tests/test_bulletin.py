@@ -146,3 +146,31 @@ def test_what_somebody_removed_is_written_anew() -> None:
 
     press.live(story)
     assert len(press.written) == 2
+
+
+def test_who_waits_is_told_when_what_is_true_now_can_be_read() -> None:
+    """`systemctl start` returns, and `ublkwatch status` has every device."""
+    press = Press()
+
+    async def story(bulletin: Bulletin) -> None:
+        await asyncio.sleep(0.01)  # one is written, and was begun without what is new
+        press.changes += 1
+        await bulletin.shown()
+        assert len(press.written) == 2
+
+    press.live(story)
+
+
+def test_nobody_waits_for_ever_for_what_cannot_be_written() -> None:
+    press = Press(trouble=OSError(28, "No space left on device"))
+    press.live(lambda bulletin: bulletin.shown())
+    assert set(press.told) == {"No space left on device"}
+
+    async def unheard(bulletin: Bulletin) -> None:
+        stuck = Bulletin(lambda: ({}, False), lambda: 0, press, press.told.append, lambda: 0.0)
+        began = asyncio.get_running_loop().time()
+        await stuck.shown()  # nobody publishes
+        assert asyncio.get_running_loop().time() - began < 60
+        await bulletin.shown()
+
+    press.live(unheard)

@@ -121,7 +121,8 @@ async def live():
     assert not any(name.startswith("LISTEN") for name in os.environ)
     ready = asyncio.Event()
     ready.set()
-    await manager.attend(ready, lambda: True)
+    await manager.attend(ready.wait, lambda: True)
+    assert manager.up.is_set()
     try:
         os.fstat(4)
     except OSError:

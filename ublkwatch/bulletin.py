@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 CONFIRM_S = 5.0
 _PAUSE_S = 0.2  # between two writes
+_SHOWN_S = 10.0  # for which anybody waits until something is written
 _STEP_S = 0.5  # by which the day's clock may go wrong until what is written of it is
 _log = logging.getLogger("ublkwatch")
 
@@ -45,6 +46,7 @@ class Bulletin:
         self._compose, self._changes, self._store = compose, changes, store
         self._told, self._offset = told, offset
         self._due = asyncio.Event()
+        self._readers: list[asyncio.Event] = []  # set with the next document
         self._written: tuple[int, float] | None = None  # changes and offset, as of the document
         self._ages = True
 
@@ -58,6 +60,15 @@ class Bulletin:
         stepped = abs(offset - self._offset()) > _STEP_S
         if self._ages or stepped or changes != self._changes():
             self._due.set()
+
+    async def shown(self) -> None:
+        """Wait until what there is to say now was written, or could not be; in bounded time."""
+        written = asyncio.Event()
+        self._readers.append(written)
+        self._due.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SHOWN_S):
+                await written.wait()
 
     async def publish_for_ever(self) -> None:
         """Write it when something is new, and confirm it else."""
@@ -73,6 +84,7 @@ class Bulletin:
 
     async def _write(self) -> None:
         self._due.clear()
+        readers, self._readers = self._readers, []
         written = (self._changes(), self._offset())
         document, self._ages = self._compose()
         try:
@@ -84,6 +96,8 @@ class Bulletin:
         else:
             self._written = written
             self._told("")
+        for reader in readers:
+            reader.set()
 
     async def _confirm(self) -> None:
         try:

@@ -230,7 +230,7 @@ class Daemon:
             self._follow_uevents_for_ever(),
         ]
         tasks = [asyncio.create_task(work) for work in works]
-        attention = self._manager.attend(self._health.seen_all, self._health.progresses)
+        attention = self._manager.attend(self._come_up, self._health.progresses)
         told = asyncio.create_task(attention)
         stopping = asyncio.create_task(stop.wait())
         done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -248,6 +248,11 @@ class Daemon:
             _log.warning("the end of the history is not written: does its file system hang?")
         _log.info("stopped; the servers live on")
 
+    async def _come_up(self) -> None:
+        """Wait until every device was looked at, and `ublkwatch status` has it."""
+        await self._health.seen_all.wait()
+        await self._bulletin.shown()
+
     def reload(self) -> None:
         """Read the configuration anew, as SIGHUP asks for; who is starting still does it then."""
         task = asyncio.get_running_loop().create_task(self._reload())
@@ -255,7 +260,7 @@ class Daemon:
         task.add_done_callback(self._reloads.discard)
 
     async def _reload(self) -> None:
-        await self._health.seen_all.wait()  # until then the manager waits for our first READY
+        await self._manager.up.wait()  # until then it waits for our first READY
         self._manager.reloading()
         try:
             await self._desk.reload()

@@ -13,7 +13,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 
 _STATUS_MAX = 200  # characters
 _LISTEN_FDS_START = 3
@@ -31,13 +31,17 @@ class Manager:
         meant = pid in ("", str(os.getpid()))
         # How long we may be silent until we are killed; None: it does not watch us.
         self.watchdog_s = int(usec) / 1e6 if usec.isdigit() and int(usec) and meant else None
+        self.up = asyncio.Event()  # the first READY was told
         self._said = ""
         self._kept = _handed_over(environment)
 
-    async def attend(self, ready: asyncio.Event, progresses: Callable[[], bool]) -> None:
+    async def attend(
+        self, comes_up: Callable[[], Awaitable[object]], progresses: Callable[[], bool]
+    ) -> None:
         """Tell once that we are ready; then for ever, as often as is wanted, that we progress."""
-        await ready.wait()
+        await comes_up()
         self.ready()
+        self.up.set()
         for name in list(self._kept):  # whoever it is of is not known any more
             os.close(self._kept[name])
             self.drop(name)
@@ -47,7 +51,7 @@ class Manager:
             await asyncio.sleep(self.watchdog_s / 3)
 
     def ready(self) -> None:
-        """Tell that every device was looked at once, or that a reload is over."""
+        """Tell that every device was looked at once and is shown, or that a reload is over."""
         self._tell("READY=1")
 
     def reloading(self) -> None:
