@@ -32,7 +32,7 @@ LAB = (sys.executable, "lab/lab.py")
 SYSTEMD = {"unit", "ublkwatch-units"}  # the contestants that need it as process 1
 CPUS = 2
 # Each wait in the guest has its own deadline; these bound their sum.
-PREPARATION_S, STRIKE_S, MASS_S = 900, 30, 200
+PREPARATION_S, STRIKE_S, MASS_S, REST_S = 900, 30, 200, 2700
 SMOKE_FAIL_ABOVE = 4.0
 SMOKE_S = 400
 
@@ -169,6 +169,8 @@ def timeout(options: Options) -> float:
         total += kinds * (options.kills + 2) * many * STRIKE_S
     if "mass" in chosen(options, driver=True):
         total += len(options.devices) * len(options.shapes) * (options.rounds + 2) * many * MASS_S
+    if "rest" in chosen(options, driver=True):
+        total += REST_S
     return min(total, SMOKE_S) if options == replace(SMOKE, programs=options.programs) else total
 
 

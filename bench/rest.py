@@ -40,15 +40,20 @@ _DETACH_S = 60.0  # strace, from every thread
 
 
 def measure(
-    devices: Sequence[int] = DEVICES, seconds: float = SECONDS, settle_s: float = SETTLE_S
-) -> dict[str, Any]:
-    """Return what it costs, for each number of devices, and what can be said of them all."""
+    keep: Callable[[dict[str, Any]], None],
+    devices: Sequence[int] = DEVICES,
+    seconds: float = SECONDS,
+    settle_s: float = SETTLE_S,
+) -> None:
+    """Keep what it costs, for each number of devices, and what can be said of them all."""
     # The reference server has some descriptors for each device.
     resource.setrlimit(resource.RLIMIT_NOFILE, (1 << 16, 1 << 16))
-    rows = [asyncio.run(_measure(count, seconds, settle_s)) for count in devices]
     about = {"kernel": os.uname().release, "cpus": os.cpu_count(),
              "python": platform.python_version()}  # fmt: skip
-    return {"about": about, "rows": rows, "summary": summary(rows)}
+    rows: list[dict[str, Any]] = []
+    for count in devices:
+        rows.append(asyncio.run(_measure(count, seconds, settle_s)))
+        keep({"about": about, "rows": rows, "summary": summary(rows)})
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
@@ -230,10 +235,12 @@ def main() -> int:
     options = parser.parse_args()
     if not Path("/dev/ublk-control").exists():
         subprocess.run(["modprobe", "ublk_drv"], check=True)
-    found = json.dumps(measure(options.devices, options.seconds, options.settle), indent=1)
+    found: dict[str, Any] = {}
+    measure(found.update, options.devices, options.seconds, options.settle)
+    text = json.dumps(found, indent=1)
     if options.out:
-        options.out.write_text(f"{found}\n")
-    print(found)
+        options.out.write_text(f"{text}\n")
+    print(text)
     return 0
 
 

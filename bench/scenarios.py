@@ -38,7 +38,7 @@ SCENARIOS: Mapping[str, Scenario] = {
         recovery.TITLE, recovery.measure, recovery.markdown, recovery.plots, recovery.ratio
     ),
     "mass": Scenario(mass.TITLE, mass.measure, mass.markdown, mass.plots, mass.ratio),
-    "rest": Scenario("At rest", lambda _, keep: keep(rest.measure()), rest.markdown),
+    "rest": Scenario("At rest", lambda _, keep: rest.measure(keep), rest.markdown),
     "stand-in": Scenario(
         "Our own part", lambda _, keep: keep(stand_in.measure()), stand_in.markdown, driver=False
     ),

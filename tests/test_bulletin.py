@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import virtual
 
+from ublkwatch import bulletin as bulletin_module
 from ublkwatch.bulletin import CONFIRM_S, Bulletin
 
 
@@ -93,6 +97,22 @@ def test_however_much_there_is_to_say_there_is_a_pause_between_two_writes() -> N
 
     press.live(story)
     assert 45 <= len(press.written) <= 51
+
+
+def test_what_takes_long_to_compose_is_composed_the_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    press, clock = Press(), itertools.count(0.0, 0.1)
+    monkeypatch.setattr(bulletin_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+
+    async def story(bulletin: Bulletin) -> None:
+        for _ in range(100):
+            press.changes += 1
+            bulletin.dirty()
+            await asyncio.sleep(0.1)
+
+    press.live(story)
+    assert 8 <= len(press.written) <= 11, "ten times as long nothing is composed"
 
 
 def test_while_time_alone_changes_it_every_poll_writes_it() -> None:

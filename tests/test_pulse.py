@@ -56,9 +56,10 @@ class Ward:
     tells: bool = False  # of watched threads that end
     traffics: int = 0
     listed: int = 0
+    everywhere: bool = False  # other devices are asked about, too
 
     def policy(self, dev_id: int) -> Policy:
-        assert dev_id == 0
+        assert dev_id == 0 or self.everywhere
         return self.policy_now
 
     def post(self, dev_id: int, event: Event) -> None:
@@ -99,7 +100,7 @@ class Ward:
             await asyncio.sleep(POLL_S)
 
     def _traffic(self, dev_id: int) -> Traffic | None:
-        assert dev_id == 0
+        assert dev_id == 0 or self.everywhere
         self.traffics += 1
         return self.traffic
 
@@ -165,6 +166,21 @@ def test_who_completes_something_at_the_last_moment_is_not_told_of() -> None:
 
     assert ward.live(story) == []
     assert ward.looks == 3, "it had been suspected"
+
+
+def test_the_threads_of_a_server_are_looked_at_once_however_many_devices_it_has() -> None:
+    ward = Ward()
+
+    async def story(pulse: Pulse) -> None:
+        for _ in range(5):
+            pulse.look([replace(RECORD, dev_id=dev_id) for dev_id in range(40)], 2 * POLL_S)
+            await asyncio.sleep(POLL_S)
+
+    ward.traffic = None
+    ward.everywhere = True
+    assert ward.live(story) == []
+    assert ward.asked > 40, "each device was asked which of them serve its queues"
+    assert ward.looks == 1
 
 
 def test_a_look_that_fails_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:

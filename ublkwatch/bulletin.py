@@ -10,11 +10,13 @@ import asyncio
 import contextlib
 import json
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 CONFIRM_S = 5.0
 _PAUSE_S = 0.2  # between two writes
+_SHARE = 10  # and this often what it took to compose one: a mass crash changes something all along
 _SHOWN_S = 10.0  # for which anybody waits until something is written
 _STEP_S = 0.5  # by which the day's clock may go wrong until what is written of it is
 _log = logging.getLogger("ublkwatch")
@@ -49,6 +51,7 @@ class Bulletin:
         self._readers: list[asyncio.Event] = []  # set with the next document
         self._written: tuple[int, float] | None = None  # changes and offset, as of the document
         self._ages = True
+        self._took_s = 0.0
 
     def dirty(self) -> None:
         """Take it that something is new."""
@@ -75,7 +78,7 @@ class Bulletin:
         while True:
             if self._due.is_set() or self._written is None:
                 await self._write()
-                await asyncio.sleep(_PAUSE_S)
+                await asyncio.sleep(min(CONFIRM_S, max(_PAUSE_S, _SHARE * self._took_s)))
             else:
                 await self._confirm()
             with contextlib.suppress(TimeoutError):
@@ -86,7 +89,9 @@ class Bulletin:
         self._due.clear()
         readers, self._readers = self._readers, []
         written = (self._changes(), self._offset())
+        began = time.monotonic()
         document, self._ages = self._compose()
+        self._took_s = time.monotonic() - began
         try:
             await asyncio.to_thread(self._store.write_status, json.dumps(document))
         except OSError as error:

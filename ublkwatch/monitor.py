@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 
 from ublkwatch import ailing, chronicle, orders, recovery
 from ublkwatch.care import Spec
@@ -101,6 +102,8 @@ class Monitor:
         policy = self._who.policy(dev_id, record, self._edges.chance())
         if record is not None and (record.ill is not None or isinstance(event, ServerAils)):
             beside = ailing.bystander(record, self.records(), policy.generation)
+        if not self._shutting_down and not beside:
+            return policy
         return replace(policy, shutting_down=self._shutting_down, bystander=beside)
 
     async def refresh(self, dev_id: int) -> None:
@@ -352,6 +355,5 @@ class Monitor:
         self._changes += 1
 
 
-def _lasting(record: Record) -> Record:
-    """Return what of a record is worth a commit: not what the next read or timer tells anew."""
-    return replace(record, info=None, agreed=0, wake=None)
+# What of a record is worth a commit: not what the next read or timer tells anew.
+_lasting = attrgetter(*({each.name for each in fields(Record)} - {"info", "agreed", "wake"}))

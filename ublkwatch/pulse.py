@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from ublkwatch import symptoms
 from ublkwatch.events import Event, ServerAils, ServerWell
@@ -36,13 +37,21 @@ class Caller(Protocol):
     async def read(self, dev_id: int) -> None: ...
 
 
+@dataclass(eq=False)
+class _Process:
+    """A server, which may serve many devices: to look at its threads for each takes too long."""
+
+    names: dict[int, str] = field(default_factory=dict)  # of its threads, at the first look
+    meeting: asyncio.Lock = field(default_factory=asyncio.Lock)  # held for that look
+
+
 @dataclass
 class _Patient:
     """What was seen of one server that serves one device."""
 
     server: ServerId
+    process: _Process
     flow: Flow | None = None
-    names: dict[int, str] = field(default_factory=dict)  # of its threads, at the first look
     declared: tuple[int, ...] = ()
     asked: int = 0  # how often what it declares was asked for
     ask_at: float = 0.0
@@ -65,6 +74,7 @@ class Pulse:
         self._edges, self._threads = edges, edges.threads
         self._monitor, self._spawn = monitor, spawn
         self._patients: dict[int, _Patient] = {}
+        self._processes: WeakValueDictionary[ServerId, _Process] = WeakValueDictionary()
         self._looked = 0.0
 
     def look(self, records: Iterable[Record], beat_s: float) -> None:
@@ -78,7 +88,8 @@ class Pulse:
             if record.phase is Phase.WATCHING and record.server and live:
                 patient = self._patients.get(record.dev_id)
                 if patient is None or patient.server != record.server:
-                    patient = _Patient(record.server)
+                    process = self._processes.setdefault(record.server, _Process())
+                    patient = _Patient(record.server, process)
                 patients[record.dev_id] = patient
                 traffic = idle.get(record.dev_id)
                 if self._as_calm(patient, record, traffic, now):
@@ -153,9 +164,10 @@ class Pulse:
 
     async def _meet(self, patient: _Patient, info: DevInfo) -> None:
         """Learn which threads it has, and which of them it declares to serve queues."""
-        if not patient.names:
-            threads = await self._look(patient)
-            patient.names = {tid: thread.name for tid, thread in threads.items()}
+        async with patient.process.meeting:
+            if not patient.process.names:
+                threads = await self._look(patient)
+                patient.process.names = {tid: thread.name for tid, thread in threads.items()}
         async with asyncio.timeout(_FILES_S):  # which are on a tmpfs, as a rule
             declared = await asyncio.to_thread(self._threads.declared, info)
         patient.declared = declared
@@ -181,7 +193,7 @@ class Pulse:
         if before is None or traffic is None or not traffic.inflight:
             return
         if second and traffic.completed == before.completed:
-            cause = symptoms.cause(patient.names, first, second, _GAP_S)
+            cause = symptoms.cause(patient.process.names, first, second, _GAP_S)
             quiesces = info is not None and DevFlags.QUIESCE in DevFlags(info.flags)
             kept_back = symptoms.kept_back(traffic, quiesces=quiesces)
             what = f"process {patient.server.pid}: {kept_back}{cause}"

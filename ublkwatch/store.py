@@ -108,9 +108,9 @@ class Store:
 
     def save_record(self, record: Record) -> None:
         """Commit what the machine knows; OSError when it could not be written."""
-        content = {"version": _VERSION} | _encode(record)
+        content = json.dumps({"version": _VERSION} | _encode(record), default=asdict)
         path = self._records / f"{record.dev_id}.json"
-        replace_file(path, json.dumps(content), mode=0o640, group=self._readers)
+        replace_file(path, content, mode=0o640, group=self._readers)
 
     def drop_record(self, dev_id: int) -> None:
         """Forget a device that is gone."""
@@ -299,13 +299,16 @@ def replace_file(path: Path, content: str, mode: int = 0o600, group: int | None 
     draft.replace(path)
 
 
+_KEPT = tuple(field.name for field in fields(Record) if field.name != "info")  # is read anew
+
+
 def _encode(record: Record) -> dict[str, Any]:
-    content = asdict(record)
-    del content["info"]  # read anew
+    # Not asdict(), which copies all of it deeply: this is done at every step of every recovery.
+    content = {name: getattr(record, name) for name in _KEPT}
     content["phase"] = record.phase.name
     content["reason"] = record.reason.name if record.reason else None
     if record.ill:
-        content["ill"]["kind"] = record.ill.kind.name
+        content["ill"] = asdict(record.ill) | {"kind": record.ill.kind.name}
     content["armed"] = record.armed.name
     content["then"] = record.then.name if record.then else None
     return content
