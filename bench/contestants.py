@@ -162,7 +162,8 @@ CONTESTANTS: dict[str, Callable[[Stage, Lot], Contestant]] = {
 
 def lineups(names: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Yield who is in the same contest, with the flavour that it is about or ""."""
-    if plain := [name for name in names if name not in FLAVOURS]:
+    plain = [name for name in names if name not in FLAVOURS]
+    if plain and (plain == list(names) or plain != ["oracle"]):  # who is in each of the others, too
         yield "", plain
     for name in names:
         if name in FLAVOURS:

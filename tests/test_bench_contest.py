@@ -153,6 +153,8 @@ def test_a_host_has_one_ublkwatch_at_a_time() -> None:
     assert {name for _, names in contests for name in names} == CONTESTANTS.keys()
     assert all("oracle" in names for _, names in contests)
     assert list(lineups(["oracle"])) == [("", ["oracle"])]
+    with_it = ["ublkwatch-standby", "oracle"]
+    assert list(lineups(with_it)) == [("ublkwatch-standby", with_it)], "alone it is no contest"
 
 
 def test_each_round_begins_with_another_one() -> None:
