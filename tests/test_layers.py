@@ -119,7 +119,7 @@ LAYERS: dict[str, set[str]] = {
         *("care", "ends", "events", "lanes", "meter", "model", "rules", "standby", "standbys"),
         *("starts", "symptoms"),
     },
-    "pulse": {"events", "model", "perform", "symptoms", "uapi"},
+    "pulse": {"events", "model", "perform", "symptoms", "together", "uapi"},
     "unsaved": {"events"},
     "unreadable": set(),
     "atrest": {"care", "model", "rules", "uapi"},
@@ -231,7 +231,7 @@ HOMES = {
     "os.system": set(),
     "os.fork": set(),
     "time.sleep": set(),
-    "time.monotonic": {"verbs.tell", "daemon", "desk", "news", "rounds", "scratch"},
+    "time.monotonic": {"verbs.tell", "bulletin", "daemon", "desk", "news", "rounds", "scratch"},
     "time.time": {
         *("verbs.past", "verbs.show", "verbs.tell", "desk", "daemon", "examined", "news", "rounds"),
     },
