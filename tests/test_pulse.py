@@ -413,6 +413,19 @@ def test_where_nobody_tells_of_threads_each_poll_looks_for_them() -> None:
     assert told.kind is Ailment.DEAD_QUEUE
 
 
+def test_a_server_of_many_devices_has_its_threads_listed_once_with_each_poll() -> None:
+    ward = Ward(declares=(100, 101), everywhere=True)
+
+    async def story(pulse: Pulse) -> None:
+        records = [replace(RECORD, dev_id=dev_id) for dev_id in range(40)]
+        for _ in range(100):
+            pulse.look(records, 2 * POLL_S)
+            await asyncio.sleep(POLL_S)
+
+    assert ward.live(story) == []
+    assert 90 < ward.listed <= 100
+
+
 @pytest.mark.parametrize("sees_idle", [True, False])
 def test_a_stall_after_a_long_calm_counts_from_its_beginning(sees_idle: bool) -> None:  # noqa: FBT001
     ward = Ward(declares=(100, 101), tells=True, traffic=Traffic(0, 7), sees_idle=sees_idle)

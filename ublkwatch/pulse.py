@@ -18,6 +18,7 @@ from ublkwatch.events import Event, ServerAils, ServerWell
 from ublkwatch.model import Ailment, DevInfo, Phase, Policy, Record, ServerId, Traffic
 from ublkwatch.perform import Edges
 from ublkwatch.symptoms import Flow, Thread
+from ublkwatch.together import Together
 from ublkwatch.uapi import DevFlags, DevState
 
 _log = logging.getLogger("ublkwatch")
@@ -26,6 +27,7 @@ _GAP_S = 0.5  # between two looks at its threads, which tell who is busy
 _SURE_S = 0.25  # between two looks that both miss a thread: who ends, ends thread by thread
 _AGAIN_S = 30.0  # until the cause of a stall that lasts is looked for anew
 _FILES_S = 5.0  # that run files may take
+_ASK_S = 2.0  # until it is asked what it declares: who has just come back needs the CPU
 _ASK_MAX_S = 64.0  # who has declared no thread for so long will not
 
 
@@ -41,8 +43,8 @@ class Caller(Protocol):
 class _Process:
     """A server, which may serve many devices: to look at its threads for each takes too long."""
 
+    threads: Together[dict[int, Thread]]
     names: dict[int, str] = field(default_factory=dict)  # of its threads, at the first look
-    meeting: asyncio.Lock = field(default_factory=asyncio.Lock)  # held for that look
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Pulse:
         self._patients: dict[int, _Patient] = {}
         self._processes: WeakValueDictionary[ServerId, _Process] = WeakValueDictionary()
         self._looked = 0.0
+        self._alive: dict[int, set[int]] = {}  # threads by process, as of this look
 
     def look(self, records: Iterable[Record], beat_s: float) -> None:
         """Look at all devices that are served; ``beat_s`` is the longest time between two looks.
@@ -83,13 +86,14 @@ class Pulse:
         Of one that is as calm as it was there is nothing to be seen.
         """
         patients, now, idle = {}, self._edges.clock(), self._edges.idle()
+        self._alive = {}
         for record in records:
             live = record.info is not None and record.info.state is DevState.LIVE
             if record.phase is Phase.WATCHING and record.server and live:
                 patient = self._patients.get(record.dev_id)
                 if patient is None or patient.server != record.server:
-                    process = self._processes.setdefault(record.server, _Process())
-                    patient = _Patient(record.server, process)
+                    process = self._process(record.server)
+                    patient = _Patient(record.server, process, ask_at=now + _ASK_S)
                 patients[record.dev_id] = patient
                 traffic = idle.get(record.dev_id)
                 if self._as_calm(patient, record, traffic, now):
@@ -99,6 +103,13 @@ class Pulse:
                 except Exception as error:  # noqa: BLE001 - as below
                     _log.error("ublk %d: its server was not looked at: %r", record.dev_id, error)
         self._patients, self._looked = patients, now
+
+    def _process(self, server: ServerId) -> _Process:
+        async def look() -> dict[int, Thread]:
+            """Look in a thread of ours: of its own there may be hundreds."""
+            return await asyncio.to_thread(self._threads.look, server.pid)
+
+        return self._processes.setdefault(server, _Process(Together(look)))
 
     def _as_calm(
         self, patient: _Patient, record: Record, traffic: Traffic | None, now: float
@@ -115,7 +126,10 @@ class Pulse:
         """Tell whether a thread that it declared is gone."""
         if not patient.declared or self._threads.watched(patient.server, patient.declared):
             return False
-        return bool(set(patient.declared) - self._threads.alive(patient.server.pid))
+        pid = patient.server.pid
+        if pid not in self._alive:
+            self._alive[pid] = self._threads.alive(pid)
+        return not self._alive[pid].issuperset(patient.declared)
 
     def _examine(
         self, record: Record, patient: _Patient, idle: Traffic | None, beat_s: float
@@ -143,7 +157,7 @@ class Pulse:
         elif timeout_s and still_s >= timeout_s and again:
             self._attend(dev_id, patient, self._find_cause(record, patient, now - still_s))
         elif not patient.declared and now >= patient.ask_at and record.info is not None:
-            pause_s = 1 << patient.asked
+            pause_s = _ASK_S * (1 << patient.asked)
             patient.ask_at = now + pause_s if pause_s <= _ASK_MAX_S else float("inf")
             patient.asked += 1
             self._attend(dev_id, patient, self._meet(patient, record.info))
@@ -164,10 +178,10 @@ class Pulse:
 
     async def _meet(self, patient: _Patient, info: DevInfo) -> None:
         """Learn which threads it has, and which of them it declares to serve queues."""
-        async with patient.process.meeting:
-            if not patient.process.names:
-                threads = await self._look(patient)
-                patient.process.names = {tid: thread.name for tid, thread in threads.items()}
+        process = patient.process
+        if not process.names:
+            threads = await process.threads.ask()
+            process.names = {tid: thread.name for tid, thread in threads.items()}
         async with asyncio.timeout(_FILES_S):  # which are on a tmpfs, as a rule
             declared = await asyncio.to_thread(self._threads.declared, info)
         patient.declared = declared
@@ -175,9 +189,9 @@ class Pulse:
 
     async def _find_lost(self, dev_id: int, patient: _Patient) -> None:
         """Tell which declared threads are gone, unless the whole process is about to be."""
-        missing = symptoms.lost(patient.declared, await self._look(patient))
+        missing = symptoms.lost(patient.declared, await patient.process.threads.ask())
         await asyncio.sleep(_SURE_S)
-        missing &= symptoms.lost(patient.declared, await self._look(patient))
+        missing &= symptoms.lost(patient.declared, await patient.process.threads.ask())
         await self._monitor.read(dev_id)  # it may have let go of the device, in good order
         if missing:
             tids = ", ".join(map(str, sorted(missing)))
@@ -187,9 +201,9 @@ class Pulse:
     async def _find_cause(self, record: Record, patient: _Patient, since: float) -> None:
         """Tell of a stall, and what its threads do meanwhile."""
         dev_id, info = record.dev_id, record.info
-        before, first = patient.flow, await self._look(patient)
+        before, first = patient.flow, await patient.process.threads.ask()
         await asyncio.sleep(_GAP_S)
-        second, traffic = await self._look(patient), self._edges.traffic(dev_id)
+        second, traffic = await patient.process.threads.ask(), self._edges.traffic(dev_id)
         if before is None or traffic is None or not traffic.inflight:
             return
         if second and traffic.completed == before.completed:
@@ -198,10 +212,6 @@ class Pulse:
             kept_back = symptoms.kept_back(traffic, quiesces=quiesces)
             what = f"process {patient.server.pid}: {kept_back}{cause}"
             self._tell(dev_id, patient, Ailment.STALL, what, since)
-
-    async def _look(self, patient: _Patient) -> dict[int, Thread]:
-        """Look at its threads, in a thread of ours: there may be hundreds of them."""
-        return await asyncio.to_thread(self._threads.look, patient.server.pid)
 
     def _tell(self, dev_id: int, patient: _Patient, kind: Ailment, what: str, since: float) -> None:
         patient.again_at = self._edges.clock() + _AGAIN_S
