@@ -100,6 +100,25 @@ def test_once_the_kernel_let_go_it_is_not_asked_any_more(story: Story) -> None:
     assert story.tell(Ready(1)) == [SendStart(1)]
 
 
+def test_a_server_that_is_not_ready_has_the_cpu_and_one_that_is_waits_for_nobody(
+    story: Story,
+) -> None:
+    story.draining().tell(Spawned(1, NEW))
+    assert story.sleep() == [ReadInfo()]
+    idle_s = story.record.wake - story.now if story.record.wake else 0.0
+    story.tell(story.read(DevState.LIVE), Ready(1))
+    assert story.record.wake == story.now, "only the kernel's word is missing"
+    assert story.sleep() == [ReadInfo()]
+    assert story.record.wake is not None
+    assert story.record.wake - story.now < idle_s / 5
+    assert story.tell(story.read(DevState.QUIESCED)) == [SendStart(1)]
+
+
+def test_a_process_that_was_ready_before_we_heard_of_it_waits_for_nobody(story: Story) -> None:
+    story.draining().tell(Ready(1), Spawned(1, NEW))
+    assert story.record.wake == story.now
+
+
 def test_while_start_is_busy_the_holder_is_named_and_the_failure_names_it_too(
     story: Story,
 ) -> None:

@@ -473,3 +473,15 @@ def test_live_by_nobody_we_saw_ends_the_round_of_an_accepted_start() -> None:
     story.sleep()
     story.tell(Spawned(2, OTHER), Ready(2))
     assert story.tell(story.read(DevState.QUIESCED)) == [SendStart(2)]
+
+
+def test_a_delegate_has_the_cpu_while_it_comes_up() -> None:
+    """Its device is LIVE by its own END: to see that a little later costs no I/O."""
+    story = Story(handoff=Handoff.DELEGATED).watching()
+    story.tell(ServerExited(OLD), story.read(DevState.QUIESCED), StartReplied(1, 0))
+    story.tell(Spawned(1, NEW))
+    began, looks = story.now, 0
+    while story.now < began + 1.4:
+        looks += story.sleep() == [ReadInfo()]
+        story.tell(story.read(DevState.QUIESCED))
+    assert 10 < looks < 40

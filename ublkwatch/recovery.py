@@ -190,8 +190,8 @@ def _on_reply(record: Record, event: Event, now: float, policy: Policy) -> Step:
             return _on_spawn_failed(record, event, now, policy)
         case Spawned() | SpawnFailed():
             return _began_late(record, event, now)
-        case Ready() if draining:
-            return attempt.try_start(replace(record, ready=True), now, policy)
+        case Ready() if draining:  # and the kernel's word is all that is missing, if it is
+            return attempt.try_start(replace(record, ready=True, wake=now), now, policy)
         case ServerFound():
             return outage.server_found(record, event.server, now, policy)
         case HoldersFound() if record.phase in (Phase.DRAINING, Phase.STARTING):
@@ -221,7 +221,7 @@ def _on_spawned(record: Record, event: Spawned, now: float, policy: Policy) -> S
     record = replace(record, candidate=event.server, spawned_at=now, standby=standby)
     if record.phase is Phase.DRAINING:
         wake = pace.ready_by(record, policy)
-        wake = wake if record.wake is None else min(record.wake, wake)
+        wake = now if record.ready else min(record.wake or wake, wake)
         return attempt.try_start(replace(record, wake=wake), now, policy)
     if policy.handoff is Handoff.DELEGATED:
         return replace(record, wake=now + policy.drain_poll_s), ()

@@ -47,7 +47,7 @@ def _on_wake(  # noqa: C901, PLR0912 - one arm for each phase
         case Phase.ATTACHING if now < pace.attach_by(record, policy):
             if policy.handoff is Handoff.MANAGED and record.candidate is None:
                 return replace(record, wake=now + pace.LOOK_AGAIN_S), (FindServer(record.seq),)
-            return replace(record, wake=now + _pause(waited, policy)), (ReadInfo(),)
+            return replace(record, wake=now + _pause(waited, policy, urgent=False)), (ReadInfo(),)
         case Phase.ATTACHING if record.spawned_at is None:
             return attempt.fail(record, Reason.SPAWN_FAILED, _QUEUED, now)
         case Phase.ATTACHING:
@@ -92,7 +92,7 @@ def _on_draining(record: Record, now: float, policy: Policy) -> Step:
         return replace(record, wake=pace.ready_by(record, policy)), ()
     if record.quiet_since is not None and pace.let_go(record):
         return _on_quiet(record, record.quiet_since, now, policy)
-    record = replace(record, wake=now + _pause(waited, policy))
+    record = replace(record, wake=now + _pause(waited, policy, urgent=not unready))
     if waited < policy.holders_after_s or record.holders:
         return record, (ReadInfo(),)
     record = replace(record, holders="looking who holds the character device")
@@ -114,8 +114,10 @@ def _on_quiet(record: Record, quiet_since: float, now: float, policy: Policy) ->
     return replace(record, wake=wake), (FindHolders(record.seq), ReadInfo())
 
 
-def _pause(waited: float, policy: Policy) -> float:
-    return min(policy.drain_poll_max_s, max(policy.drain_poll_s, waited / 16))
+def _pause(waited: float, policy: Policy, *, urgent: bool) -> float:
+    """Return the time until the next look: the shorter, if it is all that the device waits for."""
+    first_s, share = (policy.drain_poll_s, 16) if urgent else (10 * policy.drain_poll_s, 8)
+    return min(policy.drain_poll_max_s, max(first_s, waited / share))
 
 
 def _undrained(record: Record, now: float, policy: Policy) -> Step:
