@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import errno
 import json
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 from typing import Any
 
 import pytest
@@ -67,6 +68,7 @@ class World(PlainLauncher):
     pid: int = 200
     instance_error: Exception | None = None
     rules_hang: asyncio.Event | None = None
+    dice: Iterator[float] = field(default_factory=lambda: repeat(1.0))
     origin: Origin = ORIGIN
     asked: list[tuple[int, Origin | None]] = field(default_factory=list)
     care: Care | Unmanaged = field(default_factory=Unmanaged)
@@ -92,7 +94,7 @@ class World(PlainLauncher):
             publish=self.transitions.append,
             clock=clock,
             wall=clock,
-            chance=lambda: 1.0,
+            chance=lambda: next(self.dice),
             origin=lambda _pid: self.origin,
             care=self.care_of,
             kept=self,

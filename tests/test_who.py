@@ -112,3 +112,18 @@ def test_the_next_device_of_a_number_is_another() -> None:
         assert world.seen.care(0) == new
 
     play(world, story)
+
+
+def test_the_dice_fall_once_for_each_attempt() -> None:
+    world = World(dice=iter(range(1000)))
+
+    async def story() -> None:
+        await phase(world, Phase.WATCHING)
+        before = {world.seen.policy(0).chance for _ in range(10)}
+        world.crash()
+        await until(lambda: world.seen.records()[0].recoveries == 1, "it is back")
+        after = {world.seen.policy(0).chance for _ in range(10)}
+        assert len(before) == len(after) == 1
+        assert before != after
+
+    play(world, story)

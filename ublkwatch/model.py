@@ -315,7 +315,7 @@ class Policy:
     seen_live: bool = True  # this very device was LIVE under our eyes, now or in a former life
     shutting_down: bool = False  # the host is
     bystander: str = ""  # another device of an ailing server that must not lose it now
-    chance: float = 1.0  # from 0 to 1, drawn anew for every step: the machine has no dice
+    chance: float = 1.0  # from 0 to 1, drawn anew for every attempt: the machine has no dice
     # What operators choose begins here.
     handoff: Handoff = Handoff.MANAGED
     attach: Attach = Attach.LINE

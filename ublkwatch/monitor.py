@@ -99,7 +99,7 @@ class Monitor:
     def policy(self, dev_id: int, event: Event | None = None) -> Policy:
         """Return the policy of one device, with what is true of it just now, as ``event`` comes."""
         record, beside = self._records.get(dev_id), ""
-        policy = self._who.policy(dev_id, record, self._edges.chance())
+        policy = self._who.policy(dev_id, record)
         if record is not None and (record.ill is not None or isinstance(event, ServerAils)):
             beside = ailing.bystander(record, self.records(), policy.generation)
         if not self._shutting_down and not beside:

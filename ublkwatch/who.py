@@ -45,6 +45,7 @@ class Who:
         self._specs = specs
         self._cares: dict[int, Care | Unmanaged] = {}
         self._origins: dict[int, tuple[ServerId, Origin]] = {}
+        self._policies: dict[int, tuple[Care | Unmanaged | None, bool, int, Policy]] = {}
         self.changes = 0  # of what is known here
         self._stale: set[int] = set()  # devices about which the rules are asked at the next look
 
@@ -134,16 +135,31 @@ class Who:
         care = self._cares.get(dev_id)
         return care if isinstance(care, Care) else None
 
-    def policy(self, dev_id: int, record: Record | None, chance: float) -> Policy:
-        """Return the policy of one device, with what is true of it just now."""
-        care, spec = self._cares.get(dev_id, Unmanaged()), self._specs.get(dev_id)
+    def policy(self, dev_id: int, record: Record | None) -> Policy:
+        """Return the policy of one device, with what is true of it just now.
+
+        The dice fall once for each attempt: it is asked for with every step.
+        """
+        care, spec = self._cares.get(dev_id), self._specs.get(dev_id)
         seen_live = bool(spec and record and spec.instance == record.instance)
-        if isinstance(care, Unmanaged):
+        seq = record.seq if record else 0
+        known = self._policies.get(dev_id)
+        if known is None or known[:3] != (care, seen_live, seq):
+            policy = self._judge(care, record, seen_live=seen_live)
+            known = self._policies[dev_id] = (care, seen_live, seq, policy)
+        return known[3]
+
+    def _judge(
+        self, care: Care | Unmanaged | None, record: Record | None, *, seen_live: bool
+    ) -> Policy:
+        chance = self._edges.chance()
+        if care is None or isinstance(care, Unmanaged):
+            none = care or Unmanaged()
             return replace(
                 self._policy,
                 has_spec=False,
-                hands_off=care.reason,
-                hands_off_why=care.detail,
+                hands_off=none.reason,
+                hands_off_why=none.detail,
                 seen_live=seen_live,
                 chance=chance,
             )
@@ -166,6 +182,7 @@ class Who:
         """Take it that the device is gone: the next one of its number is another."""
         self._cares.pop(dev_id, None)
         self._origins.pop(dev_id, None)
+        self._policies.pop(dev_id, None)
         self._stale.discard(dev_id)
         if (asking := self._asking.pop(dev_id, None)) is not None:
             asking.cancel()
