@@ -24,6 +24,7 @@ _COMPLETED = (0, 4, 11, 15)
 _IN_FLIGHT = 8
 _KOBJECT_UEVENT = 15  # include/uapi/linux/netlink.h: NETLINK_KOBJECT_UEVENT
 _KERNEL_GROUP = 1  # uevents as the kernel sends them; group 2 repeats udevd's view of them
+_DISKSEQ_MAX = 64  # of a number in 64 bits
 _UEVENT_MAX = 8192  # lib/kobject_uevent.c: UEVENT_BUFFER_SIZE is 2048, and a header before it
 
 
@@ -66,10 +67,15 @@ def instance(dev_id: int, boot_id: str, sysfs: Path = _SYSFS) -> str | None:
     (``diskseq``, Linux 5.15), so the same dev_id with another number is another device.
     """
     try:
-        diskseq = (sysfs / f"block/ublkb{dev_id}/diskseq").read_text().strip()
+        # By descriptor: it is read with every look at a device, and a file object takes longer.
+        file = os.open(f"{sysfs}/block/ublkb{dev_id}/diskseq", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            diskseq = os.read(file, _DISKSEQ_MAX)
+        finally:
+            os.close(file)
     except OSError:
         return None
-    return f"{boot_id}/{diskseq}"
+    return f"{boot_id}/{diskseq.decode().strip()}"
 
 
 def traffic(dev_id: int, sysfs: Path = _SYSFS) -> Traffic | None:
