@@ -82,6 +82,7 @@ class World:
         servers = Servers("boot", lambda _server, _status: None)
         health = Health(lambda: monitor.polls, 1.0, time.monotonic)
         care = Care(("/bin/true",), Policy())
+        nodes = {f"/dev/ublkc{dev_id}" for dev_id in range(self.count)}
 
         async def find_care(_info: object, _origin: object) -> Care:
             return care
@@ -105,7 +106,7 @@ class World:
             present=lambda: discover.present(self.home),
             traffic=lambda dev_id: discover.traffic(dev_id, self.home),
             instance=lambda _: "boot/1",
-            holds=lambda _pid, _node: True,
+            files=lambda _pid: nodes,
             publish=lambda _: bulletin.dirty(),
             clock=time.monotonic,
             wall=time.time,

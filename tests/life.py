@@ -57,7 +57,7 @@ class Life(PlainLauncher):
             threads=NO_THREADS,
             traffic=lambda _: None,
             instance=self.instance,
-            holds=self.holds,
+            files=self.files,
             publish=self.publish,
             clock=clock,
             wall=clock,
@@ -261,15 +261,13 @@ class Life(PlainLauncher):
         diskseq = self.world.driver.diskseq(dev_id)
         return None if diskseq is None else f"boot/{diskseq}"
 
-    def holds(self, pid: int, node: str) -> bool:
+    def files(self, pid: int) -> set[str]:
         process = self.world.processes.get(pid)
-        return process is not None and any(
-            isinstance(file, CharFile) and f"/dev/ublkc{file.device.dev_id}" == node
-            for file in process.files
-        )
+        files = process.files if process else ()
+        return {f"/dev/ublkc{file.device.dev_id}" for file in files if isinstance(file, CharFile)}
 
     async def holders(self, node: str) -> tuple[bool, str]:
-        holding = [who for who in self.world.processes.alive() if self.holds(who.pid, node)]
+        holding = [who for who in self.world.processes.alive() if node in self.files(who.pid)]
         if not holding:
             return True, f"no holder of {node}"
         return False, f"{node} is held by process {holding[0]}"

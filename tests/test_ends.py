@@ -44,7 +44,7 @@ class Host(PlainLauncher):
             launcher=self,
             servers=self,
             kept=self,
-            holds=lambda pid, node: (pid, node) == (88, "/dev/ublkc0"),
+            files=lambda pid: {"/dev/ublkc0"} if pid == 88 else set(),
             fork=lambda _dev_id: self.lock,
             monitor=self,
         )

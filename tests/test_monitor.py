@@ -90,7 +90,7 @@ class World(PlainLauncher):
             threads=self.threads,
             traffic=lambda _: self.traffic,
             instance=self.instance,
-            holds=lambda _pid, _node: True,
+            files=lambda _pid: {"/dev/ublkc0"},
             publish=self.transitions.append,
             clock=clock,
             wall=clock,

@@ -16,7 +16,7 @@ import pytest
 from patience import PATIENCE_S, some_turns, until
 
 from ublkwatch.model import TAG_VARIABLE, ServerId
-from ublkwatch.server import Servers, holds, read_boot_id
+from ublkwatch.server import Servers, files, read_boot_id
 
 TAG = f"7-1-{os.getpid()}"  # two runs of these tests are not to end each other's servers
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
@@ -189,14 +189,14 @@ def test_a_whole_family_is_found_by_its_tag_and_ended() -> None:
     with_servers(work)
 
 
-def test_holds_tells_who_has_a_node_open(tmp_path: Path) -> None:
+def test_a_process_has_the_nodes_that_it_opened(tmp_path: Path) -> None:
     (node := tmp_path / "ublkc0").touch()
     opening = f"import sys; node = open(sys.argv[1]); {SLEEP}"
     with child(opening, arguments=(str(node),)) as (holder, _), child() as (other, _):
-        assert holds(holder.pid, str(node))
-        assert not holds(holder.pid, f"{node}0")
-        assert not holds(other.pid, str(node))
-    assert not holds(holder.pid, str(node))
+        assert str(node) in files(holder.pid)
+        assert f"{node}0" not in files(holder.pid)
+        assert str(node) not in files(other.pid)
+    assert files(holder.pid) == set()
 
 
 LINEAGE = """

@@ -156,7 +156,7 @@ class Daemon:
             traffic=discover.traffic,
             idle=Idle(),
             instance=partial(discover.instance, boot_id=boot_id),
-            holds=server.holds,
+            files=server.files,
             publish=self._publish,
             clock=time.monotonic,
             wall=time.time,

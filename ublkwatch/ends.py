@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 from ublkwatch.care import Care, filled
@@ -59,7 +59,7 @@ class Ends:
         launcher: Launcher,
         servers: Servers,
         kept: Kept,
-        holds: Callable[[int, str], bool],
+        files: Callable[[int], Collection[str]],
         fork: Callable[[int], asyncio.Lock],
         monitor: Caller,
     ) -> None:
@@ -67,7 +67,7 @@ class Ends:
         self._launcher = launcher
         self._servers = servers
         self._kept = kept
-        self._holds = holds
+        self._files = files
         self._fork = fork
         self._monitor = monitor
         self._ending: set[str] = set()  # attempts whose processes are being ended just now
@@ -83,7 +83,7 @@ class Ends:
         """Post which process of the attempt has the character device open."""
         node = f"/dev/ublkc{record.dev_id}"
         found = await self.find(tag_of(record))
-        holding = [server for server in found if self._holds(server.pid, node)]
+        holding = [server for server in found if node in self._files(server.pid)]
         self._monitor.post(record.dev_id, ServerFound(record.seq, holding[0] if holding else None))
 
     async def end(self, tag: str) -> None:

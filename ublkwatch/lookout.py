@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from ublkwatch.starts import tag_of
 from ublkwatch.uapi import DevState
 from ublkwatch.unreadable import Unreadable
 from ublkwatch.unsaved import Unsaved
-from ublkwatch.who import Who
+from ublkwatch.who import Files, Who
 
 
 class Caller(Protocol):
@@ -28,6 +29,7 @@ class Caller(Protocol):
     def post(self, dev_id: int, event: Event) -> None: ...
     def met(self, record: Record) -> None: ...
     def quarantine(self, dev_id: int, error: BaseException) -> None: ...
+    def notice_stall(self) -> None: ...
 
 
 class Lookout:
@@ -58,7 +60,8 @@ class Lookout:
         infos = await self._glance(ids)
         sights = ((each, self._sight(each, infos, present)) for each in ids)
         restless = list(self._rest.restless(sights))
-        reads = (self._look(each, infos.get(each)) for each in restless)
+        files = functools.cache(self._edges.files)  # one server may have all of the devices
+        reads = (self._look(each, infos.get(each), files) for each in restless)
         came = await asyncio.gather(*reads, return_exceptions=True)
         bugs = [
             (n, bug) for n, bug in zip(restless, came, strict=True) if isinstance(bug, Exception)
@@ -83,13 +86,23 @@ class Lookout:
         """Look at one device."""
         await self._look(dev_id, None)
 
-    async def _look(self, dev_id: int, answer: DevInfo | OSError | None) -> None:
+    async def _look(
+        self, dev_id: int, answer: DevInfo | OSError | None, files: Files | None = None
+    ) -> None:
         self.looks += 1
-        if (fact := await self.ask(dev_id, answer)) is not None:
+        self._monitor.notice_stall()  # to look at many takes long, and is none
+        if (fact := await self.ask(dev_id, answer, files)) is not None:
             self._monitor.post(dev_id, fact)
 
-    async def ask(self, dev_id: int, answer: DevInfo | OSError | None = None) -> Event | None:
-        """Return what is true of a device; ``answer`` is GET_DEV_INFO's, where it was asked for."""
+    async def ask(
+        self, dev_id: int, answer: DevInfo | OSError | None = None, files: Files | None = None
+    ) -> Event | None:
+        """Return what is true of a device.
+
+        ``answer`` is GET_DEV_INFO's, where it was asked for, and ``files`` what processes have had
+        open since.
+        """
+        files = files if answer else None
         try:
             info = answer or await self._edges.ctrl.get_dev_info(dev_id)
             if isinstance(info, OSError):
@@ -116,7 +129,8 @@ class Lookout:
             record = await self._meet(info, instance)
             if record is None:
                 return None  # nobody can tell yet in whose care it is
-        return InfoRead(info, instance or record.instance, await self._who.serves(info, record))
+        server = await self._who.serves(info, record, files)
+        return InfoRead(info, instance or record.instance, server)
 
     async def _meet(self, info: DevInfo, instance: str) -> Record | None:
         dev_id = info.dev_id
@@ -132,7 +146,7 @@ class Lookout:
             return None  # to go on without knowing would mean to give it up
         node = f"/dev/ublkc{dev_id}"
         candidates = [server for server in found if server != former.server]
-        candidates.sort(key=lambda server: not self._edges.holds(server.pid, node))
+        candidates.sort(key=lambda server: node not in self._edges.files(server.pid))
         self._edges.launcher.listen(tag_of(former))
         del self._former[dev_id]
         self._monitor.met(former)

@@ -194,8 +194,8 @@ class Monitor:
         if before is None:
             self._taken(event, _UNKNOWN)
             return
+        self.notice_stall()
         now = self._edges.clock()
-        self._notice_stall(now)
         before, policy = self._records[dev_id], self.policy(dev_id, event)
         try:
             after, effects = recovery.step(before, event, now, policy)
@@ -245,8 +245,9 @@ class Monitor:
             for record in self.records():
                 self.post(record.dev_id, ShutdownBegun())
 
-    def _notice_stall(self, now: float) -> None:
+    def notice_stall(self) -> None:
         """Give every deadline back the time in which we did not run; the poll keeps the beat."""
+        now = self._edges.clock()
         slept_s = now - self._ran - self._interval_s
         self._ran = now
         if slept_s > _STALL_S:
@@ -319,7 +320,7 @@ class Monitor:
         while True:
             self._look.clear()
             began = self._edges.clock()
-            self._notice_stall(began)
+            self.notice_stall()
             failed = await self._lookout.all()
             self._edges.meter.polled(self._edges.clock() - began, failed=failed)
             self._pulse.look(self.records(), 2 * interval_s + _STALL_S)

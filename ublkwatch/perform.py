@@ -113,7 +113,7 @@ class Edges:
     present: Callable[[], Mapping[int, int | None]]  # devices, each with what its disk's life is
     traffic: Callable[[int], Traffic | None]
     instance: Callable[[int], str | None]
-    holds: Callable[[int, str], bool]
+    files: Callable[[int], Collection[str]]  # that a process has open
     publish: Callable[[Transition], None]
     clock: Callable[[], float]
     wall: Callable[[], float]
@@ -157,7 +157,7 @@ class Performer:
             launcher=edges.launcher,
             servers=edges.servers,
             kept=edges.kept,
-            holds=edges.holds,
+            files=edges.files,
             fork=lambda dev_id: self._starts.fork(dev_id),  # noqa: PLW0108 - which is made below
             monitor=monitor,
         )

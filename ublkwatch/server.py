@@ -284,24 +284,22 @@ def end(server: ServerId) -> bool:
     return True
 
 
-def holds(pid: int, node: str) -> bool:
-    """Tell whether the process has that device node open, without touching the node."""
-    return node in _files(pid)
-
-
 def open_nodes() -> dict[str, set[int]]:
     """Return which processes have which character device of ublk open."""
     found: dict[str, set[int]] = {}
     for entry in os.listdir("/proc"):  # noqa: PTH208 - thousands of files: objects take too long
         if entry.isdigit():
-            for file in _files(int(entry)):
+            for file in files(int(entry)):
                 if file.startswith(_NODE):
                     found.setdefault(file, set()).add(int(entry))
     return found
 
 
-def _files(pid: int) -> set[str]:
-    """Return the names of the files that a process has open; none of those that we may not see."""
+def files(pid: int) -> set[str]:
+    """Return the names of the files that a process has open; none of those that we may not see.
+
+    None of them is touched. A server of many devices has many: ask once for all of them.
+    """
     home, found = f"/proc/{pid}/fd", set()
     try:
         for entry in os.listdir(home):  # noqa: PTH208 - as above

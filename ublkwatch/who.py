@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from zlib import crc32
 
@@ -20,6 +20,7 @@ from ublkwatch.rules import Unmanaged
 _log = logging.getLogger("ublkwatch")
 
 _TRYING = {Phase.DRAINING, Phase.STARTING, Phase.ATTACHING, Phase.STOPPING, Phase.PROBATION}
+Files = Callable[[int], Collection[str]]
 _CARE_S = 1.0  # that a look may wait for the rules
 
 
@@ -49,9 +50,14 @@ class Who:
         self.changes = 0  # of what is known here
         self._stale: set[int] = set()  # devices about which the rules are asked at the next look
 
-    async def serves(self, info: DevInfo, record: Record) -> ServerId | None:
-        """Return the process that ublksrv_pid names, if it lives and really is the server."""
-        dev_id, server = info.dev_id, self._identify(info, record)
+    async def serves(
+        self, info: DevInfo, record: Record, files: Files | None = None
+    ) -> ServerId | None:
+        """Return the process that ublksrv_pid names, if it lives and really is the server.
+
+        ``files`` says which files processes have open, as of after that info.
+        """
+        dev_id, server = info.dev_id, self._identify(info, record, files or self._edges.files)
         seen = self._origins.get(dev_id)
         if server is not None and (seen is None or seen[0] != server):
             self._take_in(server, record)
@@ -187,13 +193,13 @@ class Who:
         if (asking := self._asking.pop(dev_id, None)) is not None:
             asking.cancel()
 
-    def _identify(self, info: DevInfo, record: Record) -> ServerId | None:
+    def _identify(self, info: DevInfo, record: Record, files: Files) -> ServerId | None:
         """Do not believe the number alone: Linux before 6.17 stores what the server claimed."""
         if record.phase is not Phase.OBSERVED:
             for known in (record.server, record.candidate):
                 if known is not None and known.pid == info.ublksrv_pid:
                     return known  # watched by pidfd: its end would have been told
         server = self._edges.servers.identify(info.ublksrv_pid)
-        if server and self._edges.holds(server.pid, f"/dev/ublkc{info.dev_id}"):
+        if server and f"/dev/ublkc{info.dev_id}" in files(server.pid):
             return server
         return None
