@@ -90,7 +90,7 @@ class World(PlainLauncher):
             threads=self.threads,
             traffic=lambda _: self.traffic,
             instance=self.instance,
-            files=lambda _pid: {"/dev/ublkc0"},
+            files=lambda _pid: {"/dev/ublkc0", "/dev/ublkc1"},
             publish=self.transitions.append,
             clock=clock,
             wall=clock,
